@@ -1,0 +1,7 @@
+//! Virtio 1.x devices: what every device is to its transport, and the transports themselves.
+
+pub mod block;
+pub mod device;
+pub mod mmio;
+pub mod net;
+pub mod rng;

@@ -1,0 +1,3 @@
+//! Benchmarks of vmm beside its peers.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Stock Linux guests on real KVM inside an emulated host.

@@ -1,0 +1,1 @@
+//! Integration tests of vmm against local KVM, and what they share.

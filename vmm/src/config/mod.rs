@@ -1,0 +1,3 @@
+//! What a guest is: the checked configuration and how it is read from `vm.toml`.
+
+pub mod model;

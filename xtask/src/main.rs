@@ -1,0 +1,3 @@
+//! Build, test, demo and benchmark commands of the vmm repository.
+
+fn main() {}
