@@ -1,0 +1,287 @@
+//! The thread of a device: it sleeps until something is ready, serves it, and can be held and ended from outside.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Token that no device may use.
+const CONTROL: u64 = u64::MAX;
+/// Most events taken from the kernel at once.
+const BATCH: usize = 16;
+
+/// What a device does on its thread.
+pub trait Work: Send + 'static {
+    /// Registers the descriptors to be watched, each with a token of the device's choice.
+    ///
+    /// # Errors
+    ///
+    /// That of the registration.
+    fn watch(&mut self, poll: &Poll) -> io::Result<()>;
+
+    /// The descriptor registered with `token` is ready.
+    fn ready(&mut self, token: u64, poll: &Poll);
+
+    /// Looks at everything once, as if all had become ready. Called when the thread starts and when it goes on
+    /// after a pause.
+    fn catch_up(&mut self, poll: &Poll);
+
+    /// Finishes whatever is in flight; called before the thread is held or ends.
+    fn drain(&mut self) {}
+}
+
+/// What a device's thread waits for.
+#[derive(Debug)]
+pub struct Poll(Epoll);
+
+impl Poll {
+    /// Begins to watch `fd` for `events`, level-triggered.
+    ///
+    /// # Errors
+    ///
+    /// That of `epoll_ctl`.
+    pub fn add(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+        self.0.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+    }
+
+    /// Watches `fd`, added before, for other `events`.
+    ///
+    /// # Errors
+    ///
+    /// That of `epoll_ctl`.
+    pub fn modify(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+        self.0.ctl(ControlOperation::Modify, fd, EpollEvent::new(events, token))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Run,
+    Pause,
+    Stop,
+}
+
+#[derive(Debug)]
+struct State {
+    wish: Wish,
+    paused: bool,
+    ended: bool,
+}
+
+struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    event: EventFd,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wish(&self, wish: Wish) {
+        self.lock().wish = wish;
+        self.changed.notify_all();
+        // Only an overflow of the counter can fail, and then the event is signalled already.
+        self.event.write(1).unwrap_or_default();
+    }
+}
+
+/// Marks the thread as ended however it ends, so that nobody waits for it in vain.
+struct EndGuard(Arc<Control>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.lock().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A device's thread, seen from outside. Dropping it stops the thread.
+pub struct Worker<W> {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<W>>,
+}
+
+impl<W> fmt::Debug for Worker<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("state", &*self.control.lock()).finish()
+    }
+}
+
+impl<W: Work> Worker<W> {
+    /// Starts a thread called `name` (at most 15 characters are seen by tools) that does `work`.
+    ///
+    /// # Errors
+    ///
+    /// No descriptors or no thread are to be had, or `work` cannot watch what it needs.
+    pub fn spawn(name: &str, mut work: W) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let poll = Poll(Epoll::new()?);
+        poll.add(event.as_raw_fd(), EventSet::IN, CONTROL)?;
+        work.watch(&poll)?;
+        let state = State { wish: Wish::Run, paused: false, ended: false };
+        let control = Arc::new(Control { state: Mutex::new(state), changed: Condvar::new(), event });
+        let shared = control.clone();
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let guard = EndGuard(shared);
+            run(&mut work, &poll, &guard.0);
+            work.drain();
+            work
+        })?;
+        Ok(Self { control, thread: Some(thread) })
+    }
+
+    /// Returns once the thread is held and nothing is in flight.
+    pub fn pause(&self) {
+        self.control.wish(Wish::Pause);
+        let mut state = self.control.lock();
+        while !state.paused && !state.ended {
+            state = self.control.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets the thread go on after a pause.
+    pub fn resume(&self) {
+        self.control.wish(Wish::Run);
+    }
+
+    /// Ends the thread and gives back its work; `None` if the thread panicked.
+    pub fn stop(mut self) -> Option<W> {
+        self.control.wish(Wish::Stop);
+        self.thread.take().and_then(|thread| thread.join().ok())
+    }
+}
+
+impl<W> Drop for Worker<W> {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.control.wish(Wish::Stop);
+            // A panic has been printed by its thread.
+            drop(thread.join());
+        }
+    }
+}
+
+fn run<W: Work>(work: &mut W, poll: &Poll, control: &Control) {
+    let mut events = [EpollEvent::default(); BATCH];
+    work.catch_up(poll);
+    loop {
+        let count = match poll.0.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!("a device stops: waiting for its events failed: {error}");
+                return;
+            }
+        };
+        for event in &events[..count] {
+            if event.data() != CONTROL {
+                work.ready(event.data(), poll);
+                continue;
+            }
+            control.event.read().unwrap_or_default();
+            match hold(work, control) {
+                Wish::Stop => return,
+                _ => work.catch_up(poll),
+            }
+        }
+    }
+}
+
+/// Stays here while a pause is wished; says what is wished then.
+fn hold<W: Work>(work: &mut W, control: &Control) -> Wish {
+    if control.lock().wish == Wish::Pause {
+        work.drain();
+    }
+    let mut state = control.lock();
+    while state.wish == Wish::Pause {
+        state.paused = true;
+        control.changed.notify_all();
+        state = control.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    }
+    state.paused = false;
+    state.wish
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    struct Counter {
+        kick: EventFd,
+        served: Arc<AtomicU64>,
+        drained: Arc<AtomicU64>,
+    }
+
+    impl Work for Counter {
+        fn watch(&mut self, poll: &Poll) -> io::Result<()> {
+            poll.add(self.kick.as_raw_fd(), EventSet::IN, 7)
+        }
+        fn ready(&mut self, token: u64, _: &Poll) {
+            assert_eq!(token, 7);
+            self.served.fetch_add(self.kick.read().unwrap_or(0), Ordering::SeqCst);
+        }
+        fn catch_up(&mut self, poll: &Poll) {
+            self.ready(7, poll);
+        }
+        fn drain(&mut self) {
+            self.drained.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn counter() -> (Worker<Counter>, EventFd, Arc<AtomicU64>, Arc<AtomicU64>) {
+        let (served, drained) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let outside = kick.try_clone().unwrap();
+        let work = Counter { kick, served: served.clone(), drained: drained.clone() };
+        (Worker::spawn("counter", work).unwrap(), outside, served, drained)
+    }
+
+    fn wait_for(value: &AtomicU64, wanted: u64) {
+        while value.load(Ordering::SeqCst) != wanted {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn kick_during_a_pause_is_served_after_it() {
+        let (worker, kick, served, drained) = counter();
+        kick.write(1).unwrap();
+        wait_for(&served, 1);
+        worker.pause();
+        assert_eq!(drained.load(Ordering::SeqCst), 1);
+        kick.write(1).unwrap();
+        assert_eq!(served.load(Ordering::SeqCst), 1);
+        worker.resume();
+        wait_for(&served, 2);
+        assert!(worker.stop().is_some());
+        assert_eq!(drained.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn pause_and_resume_in_quick_turns_lose_no_kick() {
+        let (worker, kick, served, _) = counter();
+        for turn in 1..500 {
+            worker.pause();
+            kick.write(1).unwrap();
+            worker.resume();
+            if turn % 7 == 0 {
+                wait_for(&served, turn);
+            }
+        }
+        wait_for(&served, 499);
+    }
+
+    #[test]
+    fn paused_worker_can_be_stopped() {
+        let (worker, ..) = counter();
+        worker.pause();
+        assert!(worker.stop().is_some());
+    }
+}
