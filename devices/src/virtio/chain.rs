@@ -24,6 +24,9 @@ pub enum Error {
     /// Too long.
     #[error("a descriptor chain has more than {MAX_PIECES} pieces")]
     Pieces,
+    /// No end.
+    #[error("a descriptor chain runs in a circle, or on to a descriptor that cannot be")]
+    Endless,
     /// Too short.
     #[error("a descriptor chain ends {missing} bytes early")]
     Short {
@@ -186,7 +189,10 @@ impl<'a> Chain<'a> {
     ) -> Result<Self, Error> {
         let mut parsed =
             Self { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        // The iterator simply ends where it cannot go on, with the last descriptor still naming a next one.
+        let mut goes_on = true;
         for descriptor in chain {
+            goes_on = descriptor.has_next();
             let (address, len) = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
                 parsed.writable.push(memory, address, len, Permissions::Write)?;
@@ -196,7 +202,7 @@ impl<'a> Chain<'a> {
                 return Err(Error::Order);
             }
         }
-        Ok(parsed)
+        if goes_on { Err(Error::Endless) } else { Ok(parsed) }
     }
 }
 

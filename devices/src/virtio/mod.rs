@@ -3,6 +3,7 @@
 pub mod block;
 pub mod chain;
 pub mod device;
+pub mod log_limit;
 pub mod mmio;
 pub mod net;
 pub mod queue;

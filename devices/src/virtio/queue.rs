@@ -9,10 +9,17 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{self, Chain};
 use super::device::{ActiveQueue, VirtioInterrupt};
+use super::log_limit::LogLimit;
 use crate::GuestRam;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
+
+/// Most chains served before others on the device's thread, a pause among them, get their turn.
+const BUDGET: usize = 64;
+
+/// A guest can break its queue as often as it likes.
+static BROKEN: LogLimit = LogLimit::new();
 
 /// A queue that a device serves.
 ///
@@ -25,6 +32,8 @@ pub struct DeviceQueue {
     kick: EventFd,
     memory: Arc<GuestRam>,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// Chains were given back that the driver has not been told of.
+    untold: bool,
     broken: bool,
 }
 
@@ -33,7 +42,7 @@ impl DeviceQueue {
     #[must_use]
     pub fn new(active: ActiveQueue, memory: Arc<GuestRam>, interrupt: Arc<dyn VirtioInterrupt>) -> Self {
         let ActiveQueue { index, queue, kick } = active;
-        Self { index, queue, kick, memory, interrupt, broken: false }
+        Self { index, queue, kick, memory, interrupt, untold: false, broken: false }
     }
 
     /// The descriptor that becomes readable when the driver notifies the queue.
@@ -56,9 +65,13 @@ impl DeviceQueue {
 
     /// The next chain the driver has made available, if there is one.
     ///
-    /// A chain that breaks the rules is given back unused, and the next one is looked at.
+    /// A chain that breaks the rules is given back unused, and the next one is looked at, up to a ring full of
+    /// them: a driver that makes them faster than they are refused holds nobody up.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Option<Chain<'m>> {
-        while !self.broken {
+        for _ in 0..self.queue.size() {
+            if self.broken {
+                return None;
+            }
             let next = match self.queue.iter(memory) {
                 Ok(mut chains) => chains.next()?,
                 Err(error) => {
@@ -88,16 +101,18 @@ impl DeviceQueue {
 
     /// Gives chain `head` back with `len` bytes written. [`notify`](Self::notify) tells the driver.
     pub fn push(&mut self, head: u16, len: u32) {
-        if !self.broken
-            && let Err(error) = self.queue.add_used(&*self.memory, head, len)
-        {
-            self.fail(&format!("chain {head} cannot be given back: {error}"));
+        if self.broken {
+            return;
+        }
+        match self.queue.add_used(&*self.memory, head, len) {
+            Ok(()) => self.untold = true,
+            Err(error) => self.fail(&format!("chain {head} cannot be given back: {error}")),
         }
     }
 
     /// Tells the driver of the chains given back, if it wants to be told.
     pub fn notify(&mut self) {
-        if self.broken {
+        if self.broken || !std::mem::take(&mut self.untold) {
             return;
         }
         match self.queue.needs_notification(&*self.memory) {
@@ -137,30 +152,43 @@ impl DeviceQueue {
     }
 
     /// Serves chains with `serve`, which says how many bytes it has written, until there are none left.
+    ///
+    /// After [`BUDGET`] chains it leaves the rest for later and signals the kick itself, so that a driver that
+    /// makes chains faster than they are served cannot keep the thread here.
     pub fn serve(&mut self, mut serve: impl FnMut(Chain<'_>) -> u32) {
         let memory = self.memory();
-        loop {
-            self.suppress_kicks();
-            let mut served = false;
-            while let Some(chain) = self.pop(&memory) {
+        self.suppress_kicks();
+        for _ in 0..BUDGET {
+            if let Some(chain) = self.pop(&memory) {
                 let head = chain.head;
                 let len = serve(chain);
                 self.push(head, len);
-                served = true;
+                continue;
             }
-            if served {
-                self.notify();
-            }
+            self.notify();
             if !self.allow_kicks() {
                 return;
             }
+            self.suppress_kicks();
         }
+        self.notify();
+        // Only an overflow of the counter can fail, and then the event is signalled already.
+        self.kick.write(1).unwrap_or_default();
     }
 
     fn fail(&mut self, what: &str) {
         if !std::mem::replace(&mut self.broken, true) {
-            tracing::warn!("queue {} of a device is broken by its driver: {what}", self.index);
+            BROKEN.log(|dropped| {
+                tracing::warn!("queue {} of a device is broken by its driver: {what}{dropped}", self.index);
+            });
+            if std::mem::take(&mut self.untold) {
+                self.interrupt.queue_used(self.index);
+            }
             self.interrupt.needs_reset();
         }
     }
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Token that no device may use.
 const CONTROL: u64 = u64::MAX;
@@ -24,13 +24,16 @@ pub trait Work: Send + 'static {
     fn watch(&mut self, poll: &Poll) -> io::Result<()>;
 
     /// The descriptor registered with `token` is ready.
+    ///
+    /// Pausing and stopping wait for this call, so that it must end whatever the guest does: work without bound
+    /// is cut into pieces by leaving the descriptor ready.
     fn ready(&mut self, token: u64, poll: &Poll);
 
     /// Looks at everything once, as if all had become ready. Called when the thread starts and when it goes on
     /// after a pause.
     fn catch_up(&mut self, poll: &Poll);
 
-    /// Finishes whatever is in flight; called before the thread is held or ends.
+    /// Finishes whatever is in flight; called before the thread is held or ends, at times also when it goes on.
     fn drain(&mut self) {}
 }
 
@@ -120,7 +123,7 @@ impl<W: Work> Worker<W> {
     ///
     /// No descriptors or no thread are to be had, or `work` cannot watch what it needs.
     pub fn spawn(name: &str, mut work: W) -> io::Result<Self> {
-        let event = EventFd::new(EFD_NONBLOCK)?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let poll = Poll(Epoll::new()?);
         poll.add(event.as_raw_fd(), EventSet::IN, CONTROL)?;
         work.watch(&poll)?;
@@ -195,9 +198,8 @@ fn run<W: Work>(work: &mut W, poll: &Poll, control: &Control) {
 
 /// Stays here while a pause is wished; says what is wished then.
 fn hold<W: Work>(work: &mut W, control: &Control) -> Wish {
-    if control.lock().wish == Wish::Pause {
-        work.drain();
-    }
+    // Whatever is wished now, it may be a pause by the time the lock is taken.
+    work.drain();
     let mut state = control.lock();
     while state.wish == Wish::Pause {
         state.paused = true;
@@ -255,13 +257,14 @@ mod tests {
         kick.write(1).unwrap();
         wait_for(&served, 1);
         worker.pause();
-        assert_eq!(drained.load(Ordering::SeqCst), 1);
+        assert!(drained.load(Ordering::SeqCst) >= 1);
         kick.write(1).unwrap();
         assert_eq!(served.load(Ordering::SeqCst), 1);
         worker.resume();
         wait_for(&served, 2);
+        let before = drained.load(Ordering::SeqCst);
         assert!(worker.stop().is_some());
-        assert_eq!(drained.load(Ordering::SeqCst), 2);
+        assert!(drained.load(Ordering::SeqCst) > before);
     }
 
     #[test]
@@ -283,5 +286,39 @@ mod tests {
         let (worker, ..) = counter();
         worker.pause();
         assert!(worker.stop().is_some());
+    }
+
+    #[test]
+    fn pause_and_stop_return_though_the_work_has_panicked() {
+        #[derive(Debug)]
+        struct Bad;
+        impl Work for Bad {
+            fn watch(&mut self, _: &Poll) -> io::Result<()> {
+                Ok(())
+            }
+            fn ready(&mut self, _: u64, _: &Poll) {}
+            fn catch_up(&mut self, _: &Poll) {
+                panic!("told to");
+            }
+        }
+        let worker = Worker::spawn("bad", Bad).unwrap();
+        worker.pause();
+        worker.resume();
+        assert!(worker.stop().is_none());
+    }
+
+    #[test]
+    fn descriptor_that_cannot_be_watched_is_refused_before_there_is_a_thread() {
+        #[derive(Debug)]
+        struct Closed;
+        impl Work for Closed {
+            fn watch(&mut self, poll: &Poll) -> io::Result<()> {
+                poll.add(-1, EventSet::IN, 0)
+            }
+            fn ready(&mut self, _: u64, _: &Poll) {}
+            fn catch_up(&mut self, _: &Poll) {}
+        }
+        let error = Worker::spawn("closed", Closed).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::registers as reg;
 use crate::bus::BusDevice;
@@ -85,7 +85,8 @@ impl MmioTransport {
         let sizes = device.queue_sizes();
         let queues =
             sizes.iter().map(|size| Queue::new(*size).map_err(io::Error::other)).collect::<Result<_, _>>()?;
-        let kicks = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<_, _>>()?;
+        let kicks =
+            sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<Result<_, _>>()?;
         let line = Line {
             line,
             status: AtomicU32::new(0),
