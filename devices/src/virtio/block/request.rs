@@ -62,7 +62,7 @@ pub fn serve(mut chain: Chain<'_>, disk: &dyn Disk, readonly: bool, id: &[u8; ID
 /// Byte offset of `sector`, if `len` bytes from there on lie on the disk and are whole sectors.
 fn offset(disk: &dyn Disk, sector: u64, len: u64) -> Option<u64> {
     let end = sector.checked_add(len / SECTOR)?;
-    (len.is_multiple_of(SECTOR) && end <= disk.sectors()).then_some(sector * SECTOR)
+    (len.is_multiple_of(SECTOR) && end <= disk.sectors()).then(|| sector * SECTOR)
 }
 
 fn outcome(what: &str, sector: u64, result: std::io::Result<()>) -> Status {
