@@ -5,6 +5,7 @@ use vm_memory::GuestAddress;
 #[derive(Debug, Default)]
 struct Log {
     events: Vec<&'static str>,
+    refuse: bool,
     features: u64,
     queues: Vec<(u16, u16)>,
     interrupt: Option<Arc<dyn VirtioInterrupt>>,
@@ -30,8 +31,12 @@ impl VirtioDevice for Fake {
     }
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         let mut log = self.0.lock().unwrap();
+        if log.refuse {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         log.events.push("activate");
         log.features = activation.features;
+        assert!(activation.queues.iter().all(|q| q.queue.is_valid(&*activation.memory)));
         log.queues = activation.queues.iter().map(|q| (q.index, q.queue.size())).collect();
         log.interrupt = Some(activation.interrupt);
         Ok(())
@@ -161,6 +166,91 @@ fn queue_cannot_be_moved_once_it_is_ready_or_the_device_runs() {
 }
 
 #[test]
+fn misaligned_queue_or_wrong_size_asks_for_a_reset_and_a_reset_makes_it_good() {
+    let bad = [
+        (reg::QUEUE_SIZE, 0),
+        (reg::QUEUE_SIZE, 24),
+        (reg::QUEUE_SIZE, 512),
+        (reg::QUEUE_SIZE, 0x1_0010),
+        (reg::QUEUE_DESC_LOW, 0x1008),
+        (reg::QUEUE_DRIVER_LOW, 0x1001),
+        (reg::QUEUE_DEVICE_LOW, 0x1002),
+        (reg::QUEUE_DESC_HIGH, 1),
+        (reg::QUEUE_DRIVER_HIGH, u32::MAX),
+        (reg::QUEUE_DEVICE_HIGH, 1),
+    ];
+    let rig = Rig::new();
+    for (register, value) in bad {
+        rig.negotiate(1 << VIRTIO_F_VERSION_1);
+        rig.queue(0, 0x1000);
+        rig.write(reg::QUEUE_READY, 0);
+        rig.write(register, value);
+        rig.write(reg::QUEUE_READY, 1);
+        rig.start();
+        assert!(rig.events().is_empty(), "{register:#x} {value:#x}");
+        assert_eq!(rig.read(reg::STATUS) & reg::NEEDS_RESET, reg::NEEDS_RESET, "{register:#x} {value:#x}");
+        rig.write(reg::STATUS, 0);
+    }
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.queue(0, 0x1000);
+    rig.start();
+    assert_eq!(rig.events(), ["activate"]);
+}
+
+#[test]
+fn driver_that_gave_up_does_not_start_the_device() {
+    let rig = Rig::new();
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.write(reg::STATUS, reg::ACKNOWLEDGE | reg::DRIVER | reg::FEATURES_OK | reg::FAILED);
+    rig.start();
+    assert!(rig.events().is_empty());
+    assert_eq!(rig.read(reg::STATUS), reg::ACKNOWLEDGE | reg::DRIVER | reg::FEATURES_OK | reg::FAILED);
+}
+
+#[test]
+fn device_that_cannot_start_asks_for_a_reset_and_starts_after_it() {
+    let rig = Rig::new();
+    rig.log.lock().unwrap().refuse = true;
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.queue(0, 0x1000);
+    rig.start();
+    assert_eq!(rig.read(reg::STATUS) & reg::NEEDS_RESET, reg::NEEDS_RESET);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_CONFIG);
+    rig.log.lock().unwrap().refuse = false;
+    rig.write(reg::STATUS, 0);
+    assert_eq!((rig.read(reg::STATUS), rig.read(reg::INTERRUPT_STATUS)), (0, 0));
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.queue(0, 0x1000);
+    rig.start();
+    assert_eq!(rig.events(), ["activate"]);
+}
+
+#[test]
+fn interrupt_handler_and_notifications_do_not_wait_for_a_device_that_is_slow_to_stop() {
+    let rig = Rig::new();
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.queue(0, 0x1000);
+    rig.start();
+    let interrupt = rig.log.lock().unwrap().interrupt.clone().unwrap();
+    std::thread::scope(|scope| {
+        // The device stops only when its log can be written, that is, at the end of this scope.
+        let log = rig.log.lock().unwrap();
+        let stopping = scope.spawn(|| rig.write(reg::STATUS, 0));
+        while rig.transport.state.try_lock().is_ok() {
+            std::thread::yield_now();
+        }
+        interrupt.queue_used(0);
+        assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
+        rig.write(reg::INTERRUPT_ACK, reg::INTERRUPT_USED);
+        assert_eq!(rig.read(reg::INTERRUPT_STATUS), 0);
+        rig.write(reg::QUEUE_NOTIFY, 0);
+        assert!(!stopping.is_finished());
+        drop(log);
+    });
+    assert_eq!(rig.events(), ["activate", "reset"]);
+}
+
+#[test]
 fn interrupts_show_their_cause_until_acknowledged() {
     let rig = Rig::new();
     rig.negotiate(1 << VIRTIO_F_VERSION_1);
@@ -229,5 +319,48 @@ proptest! {
         rig.queue(0, 0x1000);
         rig.start();
         prop_assert_eq!(rig.events(), ["activate"]);
+    }
+
+    /// Status and features against a model made after sections 2.1.1, 2.2 and 3.1.1.
+    #[test]
+    fn status_follows_the_rules_of_initialization(
+        writes in prop::collection::vec(
+            (prop_oneof![4 => Just(reg::STATUS), 1 => Just(reg::DRIVER_FEATURES_SEL),
+                         2 => Just(reg::DRIVER_FEATURES), 2 => Just(reg::QUEUE_READY)],
+             prop_oneof![Just(0_u32), Just(1), Just(3), Just(11), Just(15), Just(0x8f), Just(1 << 29), any::<u32>()]),
+            0..60)
+    ) {
+        let rig = Rig::new();
+        let (mut status, mut features, mut select, mut started) = (0, [0_u32; 2], 0, 0);
+        for (register, value) in writes {
+            rig.write(register, value);
+            match register {
+                reg::STATUS if value == 0 => (status, features, select) = (0, [0; 2], 0),
+                reg::STATUS => {
+                    status |= value & (reg::ACKNOWLEDGE | reg::DRIVER | reg::FAILED);
+                    let agreed = features[1] == 1 && features[0] & !(1 << 29 | 1) == 0;
+                    if value & reg::FEATURES_OK != 0 && status & 3 == 3 && agreed {
+                        status |= reg::FEATURES_OK;
+                    }
+                    let may_start = status & (reg::FEATURES_OK | reg::FAILED | reg::DRIVER_OK) == reg::FEATURES_OK;
+                    if value & reg::DRIVER_OK != 0 && may_start {
+                        status |= reg::DRIVER_OK;
+                        started += 1;
+                    }
+                }
+                reg::DRIVER_FEATURES_SEL => select = value,
+                reg::DRIVER_FEATURES if status & (reg::DRIVER | reg::FEATURES_OK) == reg::DRIVER => {
+                    if let Some(word) = features.get_mut(select as usize) {
+                        *word = value;
+                    }
+                }
+                _ => {}
+            }
+            prop_assert_eq!(rig.read(reg::STATUS) & !reg::NEEDS_RESET, status);
+        }
+        let log = rig.log.lock().unwrap();
+        let activations = log.events.iter().filter(|e| **e == "activate").count();
+        // A queue made ready at address 0 is a queue in memory, so that every start succeeds.
+        prop_assert_eq!(activations, started);
     }
 }

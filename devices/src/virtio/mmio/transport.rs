@@ -7,12 +7,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::registers as reg;
 use crate::bus::BusDevice;
 use crate::virtio::device::{Activation, ActiveQueue, VirtioDevice, VirtioInterrupt};
+use crate::virtio::log_limit::LogLimit;
 use crate::{GuestRam, Interrupt};
+
+/// A guest can mistreat its devices as often as it likes.
+static COMPLAINTS: LogLimit = LogLimit::new();
 
 /// The way to the driver. Apart from the rest of the state, so that the guest's interrupt handler never waits
 /// for a lock that a slow register access holds.
@@ -49,10 +54,18 @@ impl VirtioInterrupt for Line {
     }
 }
 
+/// A queue while its driver sets it up.
+#[derive(Debug)]
+struct Slot {
+    queue: Queue,
+    /// The driver gave a size or an address that no queue can have. Only a reset makes that good.
+    wrong: bool,
+}
+
 #[derive(Debug)]
 struct State {
     device: Box<dyn VirtioDevice>,
-    queues: Vec<Queue>,
+    queues: Vec<Slot>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -83,8 +96,8 @@ impl MmioTransport {
         line: Arc<dyn Interrupt>,
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes();
-        let queues =
-            sizes.iter().map(|size| Queue::new(*size).map_err(io::Error::other)).collect::<Result<_, _>>()?;
+        let slot = |size: &u16| Queue::new(*size).map(|queue| Slot { queue, wrong: false });
+        let queues = sizes.iter().map(slot).collect::<Result<_, _>>().map_err(io::Error::other)?;
         let kicks =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<Result<_, _>>()?;
         let line = Line {
@@ -165,8 +178,8 @@ impl MmioTransport {
         match offset {
             reg::DEVICE_ID => state.device.device_id(),
             reg::DEVICE_FEATURES => word(state.device.features(), state.device_features_sel),
-            reg::QUEUE_SIZE_MAX => queue.map_or(0, |q| q.max_size().into()),
-            reg::QUEUE_READY => queue.is_some_and(QueueT::ready).into(),
+            reg::QUEUE_SIZE_MAX => queue.map_or(0, |q| q.queue.max_size().into()),
+            reg::QUEUE_READY => queue.is_some_and(|q| q.queue.ready()).into(),
             reg::STATUS => {
                 state.status | if self.line.needs_reset.load(Ordering::SeqCst) { reg::NEEDS_RESET } else { 0 }
             }
@@ -208,10 +221,10 @@ impl MmioTransport {
         // Bits are added, never taken back but by a reset (section 2.1.1).
         let added = value & !state.status;
         if added & reg::FAILED != 0 {
-            tracing::warn!(
-                "the driver of a virtio device (ID {}) has given up on it",
-                state.device.device_id()
-            );
+            COMPLAINTS.log(|dropped| {
+                let id = state.device.device_id();
+                tracing::warn!("the driver of a virtio device (ID {id}) has given up on it{dropped}");
+            });
         }
         state.status |= added & (reg::ACKNOWLEDGE | reg::DRIVER | reg::FAILED);
         let known = reg::ACKNOWLEDGE | reg::DRIVER;
@@ -222,7 +235,8 @@ impl MmioTransport {
                 state.status |= reg::FEATURES_OK;
             }
         }
-        if added & reg::DRIVER_OK != 0 && state.status & reg::FEATURES_OK != 0 {
+        if added & reg::DRIVER_OK != 0 && state.status & (reg::FEATURES_OK | reg::FAILED) == reg::FEATURES_OK
+        {
             state.status |= reg::DRIVER_OK;
             self.activate(state);
         }
@@ -231,20 +245,24 @@ impl MmioTransport {
     fn activate(&self, state: &mut State) {
         let event_index = state.driver_features >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
         let mut queues = Vec::new();
-        for (index, (queue, kick)) in (0_u16..).zip(state.queues.iter_mut().zip(&self.kicks)) {
+        for (index, (Slot { queue, wrong }, kick)) in (0_u16..).zip(state.queues.iter_mut().zip(&self.kicks))
+        {
             if !queue.ready() {
                 continue;
             }
             queue.set_event_idx(event_index);
             let kick = kick.try_clone();
             let copy = Queue::try_from(queue.state());
-            match (queue.is_valid(&*self.memory), copy, kick) {
+            match (!*wrong && queue.is_valid(&*self.memory), copy, kick) {
                 (true, Ok(queue), Ok(kick)) => queues.push(ActiveQueue { index, queue, kick }),
                 _ => {
-                    tracing::warn!(
-                        "queue {index} of virtio device {} lies outside memory",
-                        state.device.device_id()
-                    );
+                    COMPLAINTS.log(|dropped| {
+                        let id = state.device.device_id();
+                        tracing::warn!(
+                            "queue {index} of a virtio device (ID {id}) is misaligned, of a wrong size, or not \
+                             in memory{dropped}"
+                        );
+                    });
                     self.line.needs_reset();
                     return;
                 }
@@ -264,7 +282,10 @@ impl MmioTransport {
                 }
             }
             Err(error) => {
-                tracing::error!("virtio device {} cannot start: {error}", state.device.device_id());
+                COMPLAINTS.log(|dropped| {
+                    let id = state.device.device_id();
+                    tracing::error!("a virtio device (ID {id}) cannot start: {error}{dropped}");
+                });
                 self.line.needs_reset();
             }
         }
@@ -277,7 +298,10 @@ impl MmioTransport {
         state.status = 0;
         state.driver_features = 0;
         (state.device_features_sel, state.driver_features_sel, state.queue_sel) = (0, 0, 0);
-        state.queues.iter_mut().for_each(QueueT::reset);
+        for slot in &mut state.queues {
+            slot.queue.reset();
+            slot.wrong = false;
+        }
         // Kicks for the queues of before are void. There being none is no error.
         self.kicks.iter().for_each(|kick| drop(kick.read()));
         self.line.needs_reset.store(false, Ordering::SeqCst);
@@ -314,26 +338,30 @@ impl State {
         if self.status & (reg::FEATURES_OK | reg::DRIVER_OK) != reg::FEATURES_OK {
             return;
         }
-        let Some(queue) = usize::try_from(self.queue_sel).ok().and_then(|i| self.queues.get_mut(i)) else {
+        let Some(slot) = usize::try_from(self.queue_sel).ok().and_then(|i| self.queues.get_mut(i)) else {
             return;
         };
+        let queue = &mut slot.queue;
         if offset == reg::QUEUE_READY {
             queue.set_ready(value == 1);
         }
         if queue.ready() {
             return;
         }
-        match offset {
+        let low = |old: u64| GuestAddress(old & !0xffff_ffff | u64::from(value));
+        let high = |old: u64| GuestAddress(old & 0xffff_ffff | u64::from(value) << 32);
+        let set = match offset {
             // A size that does not fit in 16 bits is as wrong as 0, which the queue refuses.
-            reg::QUEUE_SIZE => queue.set_size(u16::try_from(value).unwrap_or(0)),
-            reg::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            reg::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-            reg::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
-            reg::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, Some(value)),
-            reg::QUEUE_DEVICE_LOW => queue.set_used_ring_address(Some(value), None),
-            reg::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
-            _ => {}
-        }
+            reg::QUEUE_SIZE => queue.try_set_size(u16::try_from(value).unwrap_or(0)),
+            reg::QUEUE_DESC_LOW => queue.try_set_desc_table_address(low(queue.desc_table())),
+            reg::QUEUE_DESC_HIGH => queue.try_set_desc_table_address(high(queue.desc_table())),
+            reg::QUEUE_DRIVER_LOW => queue.try_set_avail_ring_address(low(queue.avail_ring())),
+            reg::QUEUE_DRIVER_HIGH => queue.try_set_avail_ring_address(high(queue.avail_ring())),
+            reg::QUEUE_DEVICE_LOW => queue.try_set_used_ring_address(low(queue.used_ring())),
+            reg::QUEUE_DEVICE_HIGH => queue.try_set_used_ring_address(high(queue.used_ring())),
+            _ => Ok(()),
+        };
+        slot.wrong |= set.is_err();
     }
 }
 
