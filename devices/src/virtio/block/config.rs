@@ -2,8 +2,11 @@
 
 use super::request::MAX_RANGES;
 
-/// Most sectors of one discard or write-zeroes range: 1 GiB, so that one request does not hold the queue for long.
-pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range to discard: 1 GiB, which is a matter of metadata.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range to zero: 16 MiB, because storage that cannot do it by itself is written to, and a pause
+/// of the guest waits for the request.
+pub const MAX_ZERO_SECTORS: u32 = 1 << 15;
 
 const LEN: usize = 60;
 
@@ -23,10 +26,10 @@ impl Space {
         // reading first. Page caches and today's devices work in 4 KiB.
         let exponent = (4096 / block_size.clamp(512, 4096)).trailing_zeros();
         space.put(24, &exponent.to_le_bytes()[..1]);
-        space.put(36, &MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
+        space.put(36, &MAX_DISCARD_SECTORS.to_le_bytes()); // max_discard_sectors
         space.put(40, &MAX_RANGES.to_le_bytes()); // max_discard_seg
         space.put(44, &8_u32.to_le_bytes()); // discard_sector_alignment: 4 KiB
-        space.put(48, &MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+        space.put(48, &MAX_ZERO_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
         space.put(52, &MAX_RANGES.to_le_bytes()); // max_write_zeroes_seg
         space.put(56, &[1]); // write_zeroes_may_unmap
         space

@@ -13,9 +13,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::config::Space;
 use super::disk::Disk;
-use super::request::ID_LEN;
+use super::request::{ID_LEN, Target};
 use super::worker::Server;
 use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::log_limit::LogLimit;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::Worker;
 
@@ -75,11 +76,17 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, queues, interrupt, .. } = activation;
+        let Activation { memory, features, queues, interrupt } = activation;
         if let Some(queue) = queues.into_iter().next() {
             let queue = DeviceQueue::new(queue, memory, interrupt);
-            let server = Server { queue, disk: self.disk.clone(), readonly: self.readonly, id: self.id };
-            self.worker = Some(Worker::spawn("block", server)?);
+            let target = Target {
+                disk: self.disk.clone(),
+                readonly: self.readonly,
+                write_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
+                id: self.id,
+                failures: LogLimit::new(),
+            };
+            self.worker = Some(Worker::spawn("block", Server { queue, target })?);
         }
         Ok(())
     }

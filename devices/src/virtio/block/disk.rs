@@ -14,6 +14,8 @@ use crate::virtio::chain::Buffers;
 /// Storage behind a block device. Offsets and lengths are bytes; the device has checked them against
 /// [`sectors`](Self::sectors).
 pub trait Disk: Send + Sync + Debug {
+    /// Where it lies, for messages.
+    fn path(&self) -> &Path;
     /// Capacity in sectors of 512 bytes.
     fn sectors(&self) -> u64;
     /// Size in bytes of the blocks that the storage itself works in, a power of two from 512 on.
@@ -57,6 +59,7 @@ pub struct Raw {
     path: PathBuf,
     sectors: u64,
     block_size: u32,
+    is_device: bool,
     /// The file system refuses to punch holes: it is not asked again.
     no_holes: AtomicBool,
 }
@@ -70,20 +73,32 @@ impl Raw {
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
         let examine = |source| Error::Examine { path: path.to_owned(), source };
         // O_NONBLOCK: a FIFO without a writer is refused below instead of being waited for.
+        // O_EXCL: a block device that the host has mounted is refused (open(2)); files do not care.
+        let exclusive = if readonly { 0 } else { libc::O_EXCL };
         let file = OpenOptions::new()
             .read(true)
             .write(!readonly)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_NONBLOCK | exclusive)
             .open(path)
-            .map_err(|source| Error::Open { path: path.to_owned(), readonly, source })?;
-        let kind = file.metadata().map_err(examine)?.file_type();
+            .map_err(|source| {
+                let path = path.to_owned();
+                match source.raw_os_error() {
+                    Some(libc::EISDIR) => Error::Kind { path, kind: "a directory" },
+                    Some(libc::EBUSY) => Error::Busy { path },
+                    _ => Error::Open { path, readonly, source },
+                }
+            })?;
+        let metadata = file.metadata().map_err(examine)?;
+        let kind = metadata.file_type();
         let (size, block_size) = if kind.is_file() {
-            (file.metadata().map_err(examine)?.len(), 512)
+            (metadata.len(), 512)
         } else if kind.is_block_device() {
             device_size(&file).map_err(examine)?
         } else {
-            return Err(Error::Kind { path: path.to_owned() });
+            let kind = if kind.is_dir() { "a directory" } else { "a pipe, socket or character device" };
+            return Err(Error::Kind { path: path.to_owned(), kind });
         };
+        wait_for_storage(&file).map_err(examine)?;
         if size < SECTOR {
             return Err(Error::Empty { path: path.to_owned(), size });
         }
@@ -94,11 +109,18 @@ impl Raw {
                 path.display()
             );
         }
-        if let Err(holder) = lock::acquire(&file, !readonly).map_err(examine)? {
+        let lock = lock::acquire(&file, !readonly);
+        if let Err(holder) = lock.map_err(|source| Error::Lock { path: path.to_owned(), source })? {
             return Err(Error::Locked { path: path.to_owned(), holder });
         }
-        let (sectors, path) = (size / SECTOR, path.to_owned());
-        Ok(Self { file, path, sectors, block_size, no_holes: AtomicBool::new(false) })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            sectors: size / SECTOR,
+            block_size,
+            is_device: kind.is_block_device(),
+            no_holes: AtomicBool::new(false),
+        })
     }
 
     /// Transfers all of `buffers` by `call`, the vectored read or write of the kernel, beginning at `offset`.
@@ -174,6 +196,10 @@ impl Raw {
 }
 
 impl Disk for Raw {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn sectors(&self) -> u64 {
         self.sectors
     }
@@ -205,8 +231,14 @@ impl Disk for Raw {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let discarded = match len {
+            0 => Ok(()),
+            // Punching a hole in a device is zeroing it, which not every device does by discarding.
+            _ if self.is_device => discard_on_device(&self.file, offset, len),
+            _ => self.punch(offset, len),
+        };
         // A discard is advice: a disk that cannot follow it has done nothing wrong.
-        match self.punch(offset, len) {
+        match discarded {
             Err(error) if error.raw_os_error() == Some(libc::EIO) => Err(error),
             _ => Ok(()),
         }
@@ -222,6 +254,29 @@ fn write_zeroes_by_hand(file: &File, mut offset: u64, len: u64) -> io::Result<()
         let part = usize::try_from((end - offset).min(CHUNK)).map_err(io::Error::other)?;
         file.write_all_at(&zeroes[..part], offset)?;
         offset += part as u64;
+    }
+    Ok(())
+}
+
+/// Takes `O_NONBLOCK` back. It means nothing to plain reads and writes of storage, but io_uring and some drivers
+/// take it as a wish to fail rather than wait.
+fn wait_for_storage(file: &File) -> io::Result<()> {
+    // SAFETY: F_GETFL takes and gives integers.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: F_SETFL takes an integer.
+    if flags < 0 || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn discard_on_device(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    /// `_IO(0x12, 119)` (linux/fs.h).
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    let range = [offset, len];
+    // SAFETY: the ioctl reads two 64-bit integers.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -253,8 +308,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = Raw::open(&dir.path().join("none.img"), false).unwrap_err();
         assert!(matches!(missing, Error::Open { .. }) && missing.to_string().contains("none.img"));
-        assert!(matches!(Raw::open(dir.path(), true), Err(Error::Kind { .. })));
-        assert!(matches!(Raw::open(dir.path(), false), Err(Error::Open { .. })));
+        for readonly in [true, false] {
+            let directory = Raw::open(dir.path(), readonly).unwrap_err().to_string();
+            assert!(directory.contains("is a directory"), "{directory}");
+            let device = Raw::open(Path::new("/dev/null"), readonly).unwrap_err();
+            assert!(matches!(device, Error::Kind { .. }), "{device}");
+        }
         let empty = dir.path().join("empty.img");
         std::fs::write(&empty, [0; 511]).unwrap();
         assert!(matches!(Raw::open(&empty, false), Err(Error::Empty { size: 511, .. })));
@@ -279,5 +338,93 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1025).unwrap();
         assert_eq!(Raw::open(file.path(), true).unwrap().sectors(), 2);
+    }
+
+    #[test]
+    fn pipe_is_refused_at_once_instead_of_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for readonly in [true, false] {
+            assert!(matches!(Raw::open(&pipe, readonly), Err(Error::Kind { .. })));
+        }
+    }
+
+    #[test]
+    fn disk_is_opened_through_a_symbolic_link_and_waits_for_its_storage() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("a.img"), dir.path().join("link.img"));
+        std::fs::write(&file, [0; 4096]).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let raw = Raw::open(&link, false).unwrap();
+        assert_eq!(raw.sectors(), 8);
+        // SAFETY: F_GETFL takes and gives integers.
+        let flags = unsafe { libc::fcntl(raw.file.as_raw_fd(), libc::F_GETFL) };
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
+    }
+
+    #[test]
+    fn process_that_only_has_the_file_open_is_not_blamed_for_the_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let looker = std::process::Command::new("sleep").arg("60").stdin(file.reopen().unwrap()).spawn();
+        let mut looker = looker.unwrap();
+        let _first = Raw::open(file.path(), false).unwrap();
+        let refused = Raw::open(file.path(), false).unwrap_err().to_string();
+        looker.kill().unwrap();
+        looker.wait().unwrap();
+        assert!(refused.contains(&format!("process {} ", std::process::id())), "{refused}");
+    }
+
+    /// A loop device on a file of 4 MiB.
+    struct Loop(PathBuf, tempfile::NamedTempFile);
+
+    impl Loop {
+        fn new() -> Self {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), vec![0x77; 4 << 20]).unwrap();
+            let setup =
+                std::process::Command::new("losetup").args(["-f", "--show"]).arg(file.path()).output();
+            let setup = setup.unwrap();
+            assert!(setup.status.success(), "{}", String::from_utf8_lossy(&setup.stderr));
+            Self(String::from_utf8(setup.stdout).unwrap().trim().into(), file)
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            std::process::Command::new("losetup").arg("-d").arg(&self.0).status().unwrap();
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root and loop devices"]
+    fn block_device_shows_its_size_and_discards_and_zeroes_reach_its_file() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let device = Loop::new();
+        let raw = Raw::open(&device.0, false).unwrap();
+        assert_eq!((raw.sectors(), raw.block_size()), (8192, 512));
+        let blocks = || device.1.as_file().metadata().unwrap().blocks();
+        let full = blocks();
+        raw.discard(0, 1 << 20).unwrap();
+        assert!(blocks() < full, "the discard gave nothing back");
+        for unmap in [false, true] {
+            let at = if unmap { 2 << 20 } else { 3 << 20 };
+            raw.write_zeroes(at, 4096, unmap).unwrap();
+            let mut data = [1; 4097];
+            raw.file.read_exact_at(&mut data, at).unwrap();
+            assert!(data[..4096].iter().all(|b| *b == 0) && data[4096] == 0x77);
+        }
+        raw.flush().unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs root and loop devices"]
+    fn block_device_that_is_open_exclusively_is_refused_as_busy() {
+        let device = Loop::new();
+        let first = Raw::open(&device.0, false).unwrap();
+        assert!(matches!(Raw::open(&device.0, false), Err(Error::Busy { .. })));
+        drop(first);
+        Raw::open(&device.0, false).unwrap();
     }
 }

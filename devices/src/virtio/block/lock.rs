@@ -27,19 +27,24 @@ pub fn acquire(file: &File, exclusive: bool) -> io::Result<Result<(), String>> {
     }
 }
 
-/// Looks through the descriptors of all processes for the file. The kernel names no process for this kind of lock.
+/// Looks through the descriptors of all processes for one that holds a lock on the file, as `/proc/PID/fdinfo/FD` shows
+/// it (proc(5)). The kernel itself names no process for this kind of lock.
 fn holder(file: &File) -> String {
     let unknown = || "another process".to_owned();
     let Ok(wanted) = file.metadata() else { return unknown() };
-    let own = std::process::id();
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         let holds = descriptors
-            .filter_map(|fd| std::fs::metadata(fd.path()).ok())
-            .filter(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()));
-        // This process has the file open once itself, for the descriptor that did not get the lock.
-        if holds.count() > usize::from(pid == own) {
+            .filter(|fd| {
+                std::fs::metadata(fd.path())
+                    .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
+            })
+            .filter_map(|fd| {
+                std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd.file_name().to_str()?)).ok()
+            })
+            .any(|info| info.lines().any(|line| line.starts_with("lock:")));
+        if holds {
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             return format!("process {pid} ({})", name.trim());
         }

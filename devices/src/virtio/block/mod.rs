@@ -30,9 +30,17 @@ pub enum Error {
         source: io::Error,
     },
     /// Neither file nor block device.
-    #[error("disk {} is neither a regular file nor a block device", path.display())]
+    #[error("disk {} is {kind}; a disk is a regular file or a block device", path.display())]
     Kind {
         /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The host itself uses the block device.
+    #[error("disk {} is in use by this host: mounted, part of another device, or open exclusively", path.display())]
+    Busy {
+        /// The device.
         path: PathBuf,
     },
     /// Nothing in it.
@@ -50,6 +58,14 @@ pub enum Error {
         path: PathBuf,
         /// Who holds the lock, as far as the kernel tells.
         holder: String,
+    },
+    /// There are no locks where it lies.
+    #[error("cannot lock disk {}, and without a lock two guests could write to it", path.display())]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
     },
     /// It cannot be examined.
     #[error("cannot examine disk {}", path.display())]

@@ -1,8 +1,11 @@
 use super::*;
 use crate::virtio::block::{Raw, SECTOR};
+use crate::virtio::chain::Buffers;
 use crate::virtio::test_driver::{Buffer, Driver, MEMORY, SIZE, Used};
 use proptest::prelude::*;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use virtio_queue::desc::split::Descriptor;
 
@@ -151,6 +154,108 @@ fn file_cut_short_while_in_use_fails_the_read_and_not_the_device() {
     assert_eq!(status(&driver.transfer(0, &[header(0, 0), Buffer::Write(512), Buffer::Write(1)])), 0);
 }
 
+/// Storage that counts flushes and fails at will.
+#[derive(Debug, Default)]
+struct Fake {
+    flushes: AtomicU64,
+    fail_data: AtomicBool,
+    fail_flush: AtomicBool,
+}
+
+impl Fake {
+    fn answer(flag: &AtomicBool) -> io::Result<()> {
+        if flag.load(Ordering::SeqCst) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+}
+
+impl Disk for Fake {
+    fn path(&self) -> &Path {
+        Path::new("fake.img")
+    }
+    fn sectors(&self) -> u64 {
+        SECTORS
+    }
+    fn block_size(&self) -> u32 {
+        512
+    }
+    fn read(&self, _: u64, _: &Buffers<'_>) -> io::Result<()> {
+        Self::answer(&self.fail_data)
+    }
+    fn write(&self, _: u64, _: &Buffers<'_>) -> io::Result<()> {
+        Self::answer(&self.fail_data)
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+        Self::answer(&self.fail_flush)
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Self::answer(&self.fail_data)
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Self::answer(&self.fail_data)
+    }
+}
+
+fn write_one(driver: &mut Driver) -> u8 {
+    status(&driver.transfer(0, &[header(1, 0), Buffer::Read(vec![1; 512]), Buffer::Write(1)]))
+}
+
+#[test]
+fn driver_that_knows_no_flush_is_told_of_a_write_only_when_it_is_stable() {
+    let disk = Arc::new(Fake::default());
+    let block = Block::new(disk.clone(), false, "");
+    let without = block.features() & !(1 << VIRTIO_BLK_F_FLUSH);
+    let mut driver = Driver::with_features(Box::new(block), without);
+    assert_eq!(write_one(&mut driver), 0);
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 1);
+    assert_eq!(status(&driver.transfer(0, &[header(13, 0), range(0, 1, 0), Buffer::Write(1)])), 0);
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 2);
+    disk.fail_flush.store(true, Ordering::SeqCst);
+    assert_eq!(write_one(&mut driver), 1);
+}
+
+#[test]
+fn driver_that_knows_flush_decides_itself_when_to() {
+    let disk = Arc::new(Fake::default());
+    let mut driver = Driver::new(Box::new(Block::new(disk.clone(), false, "")));
+    assert_eq!(write_one(&mut driver), 0);
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
+    disk.fail_flush.store(true, Ordering::SeqCst);
+    assert_eq!(status(&driver.transfer(0, &[header(4, 0), Buffer::Write(1)])), 1);
+}
+
+#[test]
+fn failing_storage_fails_each_request_and_works_again_when_it_does() {
+    let disk = Arc::new(Fake::default());
+    let mut driver = Driver::new(Box::new(Block::new(disk.clone(), false, "")));
+    for (fail, wanted) in [(true, 1), (false, 0)] {
+        disk.fail_data.store(fail, Ordering::SeqCst);
+        assert_eq!(write_one(&mut driver), wanted);
+        let used = driver.transfer(0, &[header(0, 0), Buffer::Write(512), Buffer::Write(1)]);
+        assert_eq!(status(&used), wanted);
+        for kind in [11, 13] {
+            let used = driver.transfer(0, &[header(kind, 0), range(0, 8, 0), Buffer::Write(1)]);
+            assert_eq!(status(&used), wanted);
+        }
+    }
+    assert!(!driver.interrupts.needs_reset.load(Ordering::SeqCst));
+}
+
+#[test]
+fn write_made_during_a_pause_reaches_the_disk_only_after_it() {
+    let image = image();
+    let mut driver = driver(&image, false);
+    driver.device.pause();
+    driver.chain(0, &[header(1, 0), Buffer::Read(vec![0xee; 512]), Buffer::Write(1)]);
+    driver.offer(0, 0);
+    driver.kick(0);
+    assert!(driver.wait_used(0, Duration::from_millis(20)).is_none());
+    assert_eq!(std::fs::read(image.path()).unwrap()[0], 0);
+    driver.device.resume();
+    assert!(driver.wait_used(0, Duration::from_secs(20)).is_some());
+    assert_eq!(std::fs::read(image.path()).unwrap()[0], 0xee);
+}
+
 #[test]
 fn available_index_that_runs_ahead_asks_for_a_reset() {
     let image = image();
@@ -161,7 +266,7 @@ fn available_index_that_runs_ahead_asks_for_a_reset() {
     driver.kick(0);
     let asked = (0..2000).any(|_| {
         std::thread::sleep(Duration::from_millis(5));
-        driver.interrupts.needs_reset.load(std::sync::atomic::Ordering::SeqCst)
+        driver.interrupts.needs_reset.load(Ordering::SeqCst)
     });
     assert!(asked);
 }

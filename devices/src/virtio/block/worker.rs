@@ -1,12 +1,10 @@
 //! Serving a disk's queue.
 
 use std::io;
-use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::disk::Disk;
-use super::request::{self, ID_LEN};
+use super::request::Target;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::{Poll, Work};
 
@@ -15,9 +13,7 @@ const KICK: u64 = 0;
 #[derive(Debug)]
 pub struct Server {
     pub queue: DeviceQueue,
-    pub disk: Arc<dyn Disk>,
-    pub readonly: bool,
-    pub id: [u8; ID_LEN],
+    pub target: Target,
 }
 
 impl Work for Server {
@@ -27,8 +23,8 @@ impl Work for Server {
 
     fn ready(&mut self, _token: u64, _poll: &Poll) {
         self.queue.clear_kick();
-        let Self { queue, disk, readonly, id } = self;
-        queue.serve(|chain| match request::serve(chain, &**disk, *readonly, id) {
+        let Self { queue, target } = self;
+        queue.serve(|chain| match target.serve(chain) {
             Ok(len) => len,
             Err(error) => {
                 tracing::debug!("a request to a disk has no header or no status: {error}");
