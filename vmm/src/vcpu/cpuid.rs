@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn model_above_the_host_names_every_missing_feature() {
         let host = CpuId::from_entries(&[
-            entry(1, 0, [0, 0, u32::MAX & !(1 << 12), 0]),
+            entry(1, 0, [0, 0, !(1 << 12), 0]),
             entry(7, 0, [0, !(1 << 5), 0, 0]),
             entry(0x8000_0001, 0, [0, 0, u32::MAX, 0]),
         ])
