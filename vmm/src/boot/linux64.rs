@@ -35,7 +35,7 @@ const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_fff
 
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-struct ZeroPage(#[expect(dead_code, reason = "read as bytes")] boot_params);
+struct ZeroPage(boot_params);
 
 // SAFETY: a boot_params is integers and arrays of them, laid out without gaps (it is packed), so that any bytes
 // are a value of it and it has no uninitialised ones.
