@@ -1,3 +1,17 @@
 //! What a guest is: the checked configuration and how it is read from `vm.toml`.
+//!
+//! [`load`] reports everything that is wrong with a file at once, each with its place. What only shows when files are
+//! opened or the kernel is looked at is reported through [`Loaded::problem`] in the same form.
 
+pub mod address;
+mod error;
 pub mod model;
+mod reader;
+mod schema;
+mod size;
+
+pub use error::{Error, Place, Problem};
+pub use schema::{Loaded, load};
+
+#[cfg(test)]
+mod tests;
