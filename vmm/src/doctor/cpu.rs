@@ -1,0 +1,112 @@
+//! The host's processor.
+
+use std::fs;
+
+use super::report::{Check, Severity};
+
+/// What `/proc/cpuinfo` says, as far as it matters here; empty where it says nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Cpu {
+    pub vendor: String,
+    pub model: String,
+    pub count: usize,
+    /// Hardware virtualization is there and not disabled by the firmware.
+    pub virtualization: bool,
+    /// The processor is itself a virtual one.
+    pub guest: bool,
+}
+
+impl Cpu {
+    /// The kernel module that drives virtualization on this processor.
+    pub fn kvm_module(&self) -> &'static str {
+        match self.vendor.as_str() {
+            "GenuineIntel" | "CentaurHauls" | "  Shanghai  " => "kvm_intel",
+            _ => "kvm_amd",
+        }
+    }
+}
+
+/// Reads it.
+pub(super) fn read() -> Cpu {
+    parse(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+/// Understands the text of `/proc/cpuinfo` (one paragraph of `key : value` lines per processor).
+fn parse(text: &str) -> Cpu {
+    let mut cpu = Cpu::default();
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        // Not trimmed on the right: one vendor's name ends in blanks.
+        let (key, value) = (key.trim(), value.strip_prefix(' ').unwrap_or(value));
+        match key {
+            "processor" => cpu.count += 1,
+            "vendor_id" if cpu.count == 1 => cpu.vendor = value.to_owned(),
+            "model name" if cpu.count == 1 => cpu.model = value.trim().to_owned(),
+            "flags" if cpu.count == 1 => {
+                cpu.virtualization = value.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+                cpu.guest = value.split_whitespace().any(|flag| flag == "hypervisor");
+            }
+            _ => {}
+        }
+    }
+    cpu
+}
+
+/// Which processor it is.
+pub(super) fn check(cpu: &Cpu) -> Check {
+    const NAME: &str = "cpu";
+    if cpu.count == 0 {
+        return Check::no(NAME, Severity::Optional, "/proc/cpuinfo tells of no processor", "mount /proc");
+    }
+    let threads = if cpu.count == 1 { "1 thread".to_owned() } else { format!("{} threads", cpu.count) };
+    let guest = if cpu.guest { ", in a virtual machine" } else { "" };
+    Check::yes(NAME, Severity::Optional, format!("{} ({}), {threads}{guest}", cpu.model, cpu.vendor.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTEL: &str = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t\t: 207\nmodel name\t: Intel(R) Xeon(R) Processor\n\
+        flags\t\t: fpu vme vmx hypervisor lahf_lm\nvmx flags\t: vnmi ept\npower management:\n\n\
+        processor\t: 1\nvendor_id\t: GenuineIntel\nflags\t\t: fpu\n";
+
+    #[test]
+    fn processors_are_counted_and_described_by_the_first() {
+        let cpu = parse(INTEL);
+        assert_eq!(
+            cpu,
+            Cpu {
+                vendor: "GenuineIntel".into(),
+                model: "Intel(R) Xeon(R) Processor".into(),
+                count: 2,
+                virtualization: true,
+                guest: true,
+            }
+        );
+        assert_eq!(cpu.kvm_module(), "kvm_intel");
+        assert_eq!(
+            check(&cpu).found,
+            "Intel(R) Xeon(R) Processor (GenuineIntel), 2 threads, in a virtual machine"
+        );
+    }
+
+    #[test]
+    fn flags_count_as_whole_words() {
+        let cpu = parse("processor : 0\nvendor_id : AuthenticAMD\nflags : svm_lock vmxx hypervisors\n");
+        assert!(!cpu.virtualization && !cpu.guest);
+        assert!(parse("processor : 0\nflags : fpu svm\n").virtualization);
+        assert_eq!(cpu.kvm_module(), "kvm_amd");
+    }
+
+    #[test]
+    fn vendor_that_ends_in_blanks_is_known() {
+        assert_eq!(parse("processor\t: 0\nvendor_id\t:   Shanghai  \n").kvm_module(), "kvm_intel");
+    }
+
+    #[test]
+    fn text_without_processors_is_a_no() {
+        assert!(!check(&parse("")).ok);
+        assert!(!check(&parse("garbage\n: :\n\u{0}:")).ok);
+    }
+}
