@@ -1,0 +1,205 @@
+//! Debian's packages: those that this machine needs, and those that guests are made of.
+//!
+//! Guests are made of packages that are downloaded by `apt-get download` and unpacked beside the build's output;
+//! neither needs root, and nothing is installed. They are kept by version, so that they are downloaded once.
+
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::program::{find, run};
+use crate::{Error, Result};
+
+/// Programs that this machine needs, with the package of each.
+const NEEDED: &[(&str, &str)] =
+    &[("qemu-system-x86_64", "qemu-system-x86"), ("mkfs.ext4", "e2fsprogs"), ("dpkg-deb", "dpkg")];
+/// Names under which distributions keep their small kernel for virtual machines: Debian, Ubuntu.
+const KERNELS: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
+const BUSYBOX: &str = "busybox-static";
+
+/// Where packages and what is made of them are kept: `nested` below the build's target directory.
+#[must_use]
+pub fn cache_dir() -> PathBuf {
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    target.join("nested")
+}
+
+/// The root of the source tree that this was built from.
+pub(crate) fn workspace() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors().nth(2).unwrap_or(here).to_owned()
+}
+
+/// Installs with `apt-get` what this machine needs and does not have.
+///
+/// # Errors
+///
+/// [`Error::Packages`] where something is missing and this user is not root, [`Error::Missing`] where there is
+/// no `apt-get`, and what `apt-get` says.
+pub fn ensure_packages() -> Result<()> {
+    let missing: Vec<&str> = NEEDED
+        .iter()
+        .filter(|(program, package)| find(program, package).is_err())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let apt = find("apt-get", "apt")?;
+    if !is_root() {
+        return Err(Error::Packages { packages: missing });
+    }
+    run(Command::new(&apt).arg("update"))?;
+    let install = ["install", "--yes", "--no-install-recommends"];
+    run(Command::new(&apt).env("DEBIAN_FRONTEND", "noninteractive").args(install).args(missing))?;
+    Ok(())
+}
+
+/// What guests are made of, unpacked.
+#[derive(Debug, Clone)]
+pub struct Packages {
+    /// Version of the kernel, as in `uname -r`.
+    pub release: String,
+    /// The kernel as the distribution ships it: a bzImage.
+    pub kernel: PathBuf,
+    /// Its modules: `/lib/modules/<release>`.
+    pub modules: PathBuf,
+    /// A busybox that needs no libraries.
+    pub busybox: PathBuf,
+}
+
+impl Packages {
+    /// Finds the packages in `cache`, or downloads them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Missing`] where there is no apt or dpkg, [`Error::Archive`] where the archive does not have them,
+    /// and what these programs say.
+    pub fn get(cache: &Path) -> Result<Self> {
+        let cache = cache.join("packages");
+        fs::create_dir_all(&cache).map_err(Error::file("create", &cache))?;
+        // One process at a time; the lock goes with the file.
+        let lock = cache.join("lock");
+        let lock_file = File::create(&lock).map_err(Error::file("create", &lock))?;
+        lock_file.lock().map_err(Error::file("lock", &lock))?;
+
+        let image = kernel_package()?;
+        let release = image.trim_start_matches("linux-image-").to_owned();
+        let image_dir = unpacked(&cache, &image)?;
+        // Ubuntu has the modules in a package of their own.
+        let modules_package =
+            dependencies(&image)?.into_iter().find(|name| *name == format!("linux-modules-{release}"));
+        let modules_dir = match modules_package {
+            Some(package) => unpacked(&cache, &package)?,
+            None => image_dir.clone(),
+        };
+        let busybox_dir = unpacked(&cache, BUSYBOX)?;
+        let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox_dir.join(path));
+        Ok(Self {
+            kernel: image_dir.join(format!("boot/vmlinuz-{release}")),
+            modules: ["lib", "usr/lib"]
+                .map(|lib| modules_dir.join(lib).join("modules").join(&release))
+                .into_iter()
+                .find(|dir| dir.is_dir())
+                .unwrap_or_else(|| modules_dir.join("lib/modules").join(&release)),
+            busybox: busybox
+                .into_iter()
+                .find(|file| file.is_file())
+                .unwrap_or_else(|| busybox_dir.join("bin/busybox")),
+            release,
+        })
+    }
+}
+
+/// The package of the kernel itself, on which the one without a version depends.
+fn kernel_package() -> Result<String> {
+    let look = || {
+        KERNELS.iter().find_map(|name| {
+            let depends = dependencies(name).ok()?;
+            depends.into_iter().find(|name| {
+                name.strip_prefix("linux-image-")
+                    .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+            })
+        })
+    };
+    if let Some(package) = look() {
+        return Ok(package);
+    }
+    update()?;
+    look().ok_or_else(|| Error::Archive { name: KERNELS.join(" or ") })
+}
+
+/// Brings apt's lists up to date where this user may.
+fn update() -> Result<()> {
+    let apt = find("apt-get", "apt")?;
+    if is_root() {
+        run(Command::new(apt).arg("update"))?;
+    }
+    Ok(())
+}
+
+fn is_root() -> bool {
+    // SAFETY: the call takes no arguments and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// The packages on which `package` depends.
+fn dependencies(package: &str) -> Result<Vec<String>> {
+    let listed = run(Command::new(find("apt-cache", "apt")?).args(["depends", package]))?;
+    Ok(parse_dependencies(&listed))
+}
+
+fn parse_dependencies(listed: &str) -> Vec<String> {
+    listed.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned).collect()
+}
+
+/// The directory below `cache` with the content of `package`, in the version that apt would install.
+fn unpacked(cache: &Path, package: &str) -> Result<PathBuf> {
+    let shown = run(Command::new(find("apt-cache", "apt")?).args(["show", "--no-all-versions", package]));
+    let shown = shown.map_err(|_| Error::Archive { name: package.to_owned() })?;
+    let version = shown
+        .lines()
+        .find_map(|line| line.strip_prefix("Version: "))
+        .ok_or_else(|| Error::Archive { name: package.to_owned() })?;
+    let dir = cache.join(format!("{package}_{version}"));
+    if dir.is_dir() {
+        return Ok(dir);
+    }
+    // Made under another name, so that a directory under the right one is complete.
+    let work = tempfile::tempdir_in(cache).map_err(Error::file("create a directory in", cache))?;
+    let apt = find("apt-get", "apt")?;
+    let mut download = Command::new(apt);
+    download.args(["download", package]).current_dir(work.path());
+    if run(&mut download).is_err() {
+        // The lists may be older than the archive.
+        update()?;
+        run(&mut download)?;
+    }
+    let deb = fs::read_dir(work.path())
+        .map_err(Error::file("list", work.path()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.as_os_str().as_bytes().ends_with(b".deb"))
+        .ok_or_else(|| Error::Archive { name: package.to_owned() })?;
+    let content = work.path().join("content");
+    run(Command::new(find("dpkg-deb", "dpkg")?).arg("--extract").arg(deb).arg(&content))?;
+    fs::rename(&content, &dir).map_err(Error::file("create", &dir))?;
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_are_found_among_other_relations() {
+        let listed = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-9-cloud-amd64\n  Suggests: doc\n";
+        assert_eq!(parse_dependencies(listed), ["linux-image-6.1.0-9-cloud-amd64"]);
+    }
+
+    #[test]
+    fn workspace_holds_this_crate() {
+        assert!(workspace().join("tests/nested/src/packages.rs").is_file());
+    }
+}
