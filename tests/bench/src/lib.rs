@@ -1,0 +1,15 @@
+//! Benchmarks of vmm beside its peers: the same guest, the same machine, runs interleaved, in one invocation.
+//!
+//! One module per benchmark ([`start`]); what they share stands beside them:
+//!
+//! * [`systems`]: how each monitor is found and told to run a guest;
+//! * [`process`]: a monitor while it runs: its output against the clock, its end;
+//! * [`smaps`]: what it takes of the host's memory;
+//! * [`stats`] and [`report`]: from samples to a table or JSON lines.
+
+pub mod process;
+pub mod report;
+pub mod smaps;
+pub mod start;
+pub mod stats;
+pub mod systems;
