@@ -4,7 +4,6 @@ pub mod acpi;
 pub mod boot;
 pub mod cli;
 pub mod config;
-pub mod control;
 pub mod doctor;
 pub mod interrupt;
 pub mod machine;

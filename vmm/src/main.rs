@@ -1,3 +1,7 @@
-//! Entry point.
+//! The `vmm` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main(std::env::args_os())
+}

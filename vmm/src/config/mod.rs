@@ -12,6 +12,7 @@ mod size;
 
 pub use error::{Error, Place, Problem};
 pub use schema::{Loaded, load};
+pub use size::show as show_size;
 
 #[cfg(test)]
 mod tests;

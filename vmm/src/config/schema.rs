@@ -108,7 +108,9 @@ pub(super) fn interpret(path: &Path, text: &str) -> Result<Interpreted, Vec<Prob
         vec![Problem { place, key: String::new(), given: None, message }]
     })?;
     let mut reader = Reader::new(text);
-    let base = path.parent().unwrap_or(Path::new(""));
+    // Absolute, so that what is shown of a guest means the same to whoever asks from another directory.
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let base = absolute.parent().unwrap_or(Path::new("/"));
     let config = config(&mut reader, document.get_ref(), path, base);
     match (config, reader.finish()) {
         (Some(config), (places, problems)) if problems.is_empty() => Ok((config, places)),

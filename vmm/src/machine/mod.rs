@@ -1,1 +1,121 @@
-//! To be filled.
+//! The machine: it wires memory, processors, interrupts, devices and firmware tables into one guest, runs it, and takes
+//! it apart again. The parts do the work.
+//!
+//! ```text
+//! files ─ opened and checked before anything is created
+//!   │
+//! build ─ memory, interrupt controllers, vCPUs, devices on their buses, kernel and tables in memory
+//!   │
+//! run ─── vCPU threads and device threads; the main thread waits for the end, signals and console input
+//! ```
+
+mod build;
+mod console;
+mod control;
+pub mod ending;
+mod files;
+mod main_loop;
+mod signals;
+mod slots;
+
+use std::io;
+use std::sync::Arc;
+
+use ending::{Ending, Outcome};
+
+use crate::config::Loaded;
+use crate::run_dir::{self, Root};
+use crate::{acpi, boot, config, interrupt, memory, vcpu};
+
+/// A guest that cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration, or a file that it names.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] run_dir::Error),
+    /// No KVM.
+    #[error("cannot use /dev/kvm; `vmm doctor` says what to do")]
+    Kvm(#[source] kvm_ioctls::Error),
+    /// KVM refuses something that every guest needs.
+    #[error("KVM does not {what}; `vmm doctor` says what this host lacks")]
+    Refused {
+        /// What it was asked to do.
+        what: &'static str,
+        /// What it answered.
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
+    /// The processor features.
+    #[error(transparent)]
+    Cpuid(#[from] vcpu::cpuid::Error),
+    /// Interrupts.
+    #[error(transparent)]
+    Interrupt(#[from] interrupt::Error),
+    /// Kernel or initial RAM disk.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// Firmware tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
+    /// A device's place.
+    #[error(transparent)]
+    Bus(#[from] devices::bus::Error),
+    /// Something of the host that the monitor itself needs.
+    #[error("cannot set up {what}")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Exit status of the contract: 2 for a wrong configuration, else 1.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        if matches!(self, Self::Config(_)) { 2 } else { 1 }
+    }
+}
+
+/// For errors of the host.
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// Runs the guest that `loaded` describes until its end, under its name in `root`.
+///
+/// The calling thread becomes the guest's main thread; signals that ask to end are blocked in it from then on.
+///
+/// # Errors
+///
+/// [`Error`] if the guest cannot be started. Nothing of it is left then.
+pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
+    let config = &loaded.config;
+    // The claim below is what decides; this only puts "is running already" before "its disk is in use".
+    if let Ok(guest) = root.find(&config.name) {
+        return Err(run_dir::Error::Held { name: config.name.clone(), pid: guest.pid() }.into());
+    }
+    let files = files::open(loaded)?;
+    let signals = signals::EndSignals::block().map_err(host("the handling of signals"))?;
+    let claim = root.claim(&config.name)?;
+    let listener = claim.listen()?;
+    let ending = Arc::new(Ending::new().map_err(host("an event descriptor"))?);
+    let console = console::Console::open(&config.serial).map_err(host("the serial console"))?;
+    let built = build::build(config, files, &ending, console)?;
+    let (controller, machine) = control::start(config, built, &ending)?;
+    let server = api::server::Server::start(listener, controller).map_err(host("the control socket"))?;
+    main_loop::until_the_end(&ending, &signals, &machine).map_err(host("the main loop"))?;
+    machine.take_apart();
+    server.stop();
+    drop(claim);
+    Ok(ending.take().unwrap_or(Outcome::Stopped))
+}

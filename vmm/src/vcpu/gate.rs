@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::kick::Target;
 
@@ -15,6 +16,9 @@ pub enum Request {
     /// Leave the guest for good.
     Stop,
 }
+
+/// After what time a vCPU that has not come is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The gate of one guest.
 ///
@@ -82,11 +86,24 @@ impl Gate {
         if !self.ask(Request::Pause) {
             return false;
         }
-        let mut counts = self.lock();
-        while counts.parked < counts.alive && self.request() == Request::Pause {
-            counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.kick_until(|counts| counts.parked >= counts.alive || self.request() != Request::Pause);
         self.request() == Request::Pause
+    }
+
+    /// Waits for `done`. A vCPU that is in a system call of a device's, a write to a terminal that nobody reads say,
+    /// loses the kick that interrupts it, and is kicked again until it comes out.
+    fn kick_until(&self, done: impl Fn(&Counts) -> bool) {
+        let mut counts = self.lock();
+        while !done(&counts) {
+            let (guard, timeout) =
+                self.changed.wait_timeout(counts, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            counts = guard;
+            if timeout.timed_out() {
+                drop(counts);
+                self.targets.iter().for_each(Target::kick);
+                counts = self.lock();
+            }
+        }
     }
 
     /// Lets the vCPUs run on; false if they have been stopped.
@@ -99,12 +116,16 @@ impl Gate {
         self.ask(Request::Stop);
     }
 
-    /// Returns once all vCPU threads have ended.
+    /// Returns once all vCPU threads have ended, which they do after [`stop`](Self::stop).
     pub fn wait_ended(&self) {
+        self.kick_until(|counts| counts.alive == 0);
+    }
+
+    /// Expects `vcpus` threads less, because they could not be started.
+    pub fn give_up(&self, vcpus: usize) {
         let mut counts = self.lock();
-        while counts.alive > 0 {
-            counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
-        }
+        counts.alive = counts.alive.saturating_sub(vcpus);
+        self.changed.notify_all();
     }
 
     /// Called by the thread of vCPU `index` when it starts; the pass ends its membership when dropped.

@@ -170,7 +170,11 @@ fn run(id: u8, fd: &mut VcpuFd, around: &Surroundings, pass: &gate::Pass<'_>) ->
         }
         match step(id, fd, around) {
             Ok(Step::Served) => {}
-            Ok(Step::Interrupted) if request == Request::Pause => pass.park(),
+            Ok(Step::Interrupted) if request == Request::Pause => {
+                pass.park();
+                // Tells the guest's watchdog that it stood still. A guest without kvm-clock has nothing to be told.
+                fd.kvmclock_ctrl().unwrap_or_default();
+            }
             Ok(Step::Interrupted) => {}
             Err(end) => return Some(end),
         }

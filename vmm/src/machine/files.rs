@@ -1,0 +1,97 @@
+//! The files that a configuration names, opened and checked before anything is created.
+
+use std::fmt::Display;
+use std::sync::Arc;
+
+use devices::virtio::block::{Disk, Raw};
+
+use crate::boot::{Initrd, Kernel};
+use crate::config::{Error, Loaded, Problem};
+use crate::memory;
+
+/// A disk and how its guest sees it.
+#[derive(Debug)]
+pub struct OpenDisk {
+    pub disk: Arc<dyn Disk>,
+    pub readonly: bool,
+    pub serial: String,
+}
+
+/// Everything opened.
+#[derive(Debug)]
+pub struct Files {
+    pub kernel: Kernel,
+    pub initrd: Option<Initrd>,
+    pub disks: Vec<OpenDisk>,
+}
+
+/// Opens them all, and looks whether the kernel fits into the guest; all problems are reported at once.
+pub fn open(loaded: &Loaded) -> Result<Files, Error> {
+    let config = &loaded.config;
+    let mut problems = Vec::new();
+    let kernel = note(&mut problems, loaded, "boot.kernel", Kernel::open(&config.boot.kernel));
+    let initrd = config.boot.initrd.as_deref().map(Initrd::open).transpose();
+    let initrd = note(&mut problems, loaded, "boot.initrd", initrd);
+    if let (Some(kernel), Some(initrd)) = (&kernel, &initrd) {
+        check_room(&mut problems, loaded, kernel, initrd.as_ref());
+    }
+    let mut disks = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let raw = Raw::open(&disk.path, disk.readonly);
+        if let Some(raw) = note(&mut problems, loaded, &format!("disk.{index}.path"), raw) {
+            disks.push(OpenDisk {
+                disk: Arc::new(raw),
+                readonly: disk.readonly,
+                serial: disk.serial.clone(),
+            });
+        }
+    }
+    match (kernel, initrd) {
+        (Some(kernel), Some(initrd)) if problems.is_empty() => Ok(Files { kernel, initrd, disks }),
+        _ => {
+            loaded.refuse(problems)?;
+            // Without a kernel or an initrd there is a problem.
+            unreachable!("files are missing and nothing is wrong")
+        }
+    }
+}
+
+/// Kernel and initial RAM disk have to fit into memory beside each other.
+fn check_room(problems: &mut Vec<Problem>, loaded: &Loaded, kernel: &Kernel, initrd: Option<&Initrd>) {
+    let ram: Vec<_> = memory::ranges(loaded.config.memory.size)
+        .into_iter()
+        .map(|(start, len)| (start, start + len))
+        .collect();
+    let placed = kernel.check_placement(&ram);
+    let fits = match (&placed, initrd) {
+        (Ok(()), Some(initrd)) => initrd.address(&ram, kernel).map(drop),
+        _ => placed,
+    };
+    note(problems, loaded, "memory.size", fits);
+}
+
+/// Takes the value, or notes the error with its chain as a problem with `key`.
+fn note<T, E>(problems: &mut Vec<Problem>, loaded: &Loaded, key: &str, result: Result<T, E>) -> Option<T>
+where
+    E: std::error::Error,
+{
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            problems.push(loaded.problem(key, chain(&error)));
+            None
+        }
+    }
+}
+
+/// An error and what caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next: &dyn Display = &error;
+        text = format!("{text}: {next}");
+        cause = error.source();
+    }
+    text
+}
