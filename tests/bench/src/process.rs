@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -138,15 +138,8 @@ impl Running {
     }
 
     fn read(&mut self, chunk: &mut [u8], deadline: Instant) -> io::Result<usize> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let mut poll = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let timeout = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: one pollfd is passed, and it outlives the call.
-        match unsafe { libc::poll(&raw mut poll, 1, timeout) } {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            1.. => self.output.read(chunk),
-            _ => Err(io::Error::last_os_error()),
-        }
+        wait_readable(&self.output, deadline.saturating_duration_since(Instant::now()))?;
+        self.output.read(chunk)
     }
 
     fn ended(&mut self, text: &[u8]) -> Error {
@@ -194,15 +187,48 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let tree = tree(self.child.id()).unwrap_or_default();
-        for pid in tree.into_iter().filter(|pid| *pid != self.child.id()) {
-            if let Ok(pid) = libc::pid_t::try_from(pid) {
-                // SAFETY: no memory is involved; the process is a descendant of ours that was running just now.
-                unsafe { libc::kill(pid, libc::SIGKILL) };
+        let root = self.child.id();
+        let descendants = tree(root).unwrap_or_default().into_iter().filter(|pid| *pid != root);
+        let descendants: Vec<OwnedFd> = descendants.filter_map(open).collect();
+        let _ = self.child.kill();
+        for process in &descendants {
+            // SAFETY: the descriptor is open, and no signal information is passed.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_pidfd_send_signal,
+                    process.as_raw_fd(),
+                    libc::SIGKILL,
+                    std::ptr::null::<u8>(),
+                    0,
+                );
             }
         }
-        let _ = self.child.kill();
         let _ = self.child.wait();
+        // The next run begins when nothing is left of this one.
+        for process in &descendants {
+            let _ = wait_readable(process, SETTLING);
+        }
+    }
+}
+
+/// A descriptor of the process, readable once it has ended (pidfd_open(2)); `None` if it is gone.
+fn open(pid: u32) -> Option<OwnedFd> {
+    // SAFETY: no memory is involved.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: it was just opened and belongs to nobody else.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until `fd` is readable or at its end.
+fn wait_readable(fd: &impl AsRawFd, patience: Duration) -> io::Result<()> {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let timeout = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one pollfd is passed, and it outlives the call.
+    match unsafe { libc::poll(&raw mut poll, 1, timeout) } {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        1.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
