@@ -1,1 +1,3 @@
 //! Integration tests of vmm against local KVM, and what they share.
+
+pub mod guest;
