@@ -94,7 +94,8 @@ impl Driver {
         Self { device, memory, interrupts, kicks, avail: zeroes.clone(), used: zeroes }
     }
 
-    fn base(queue: u16) -> u64 {
+    /// Where the rings of `queue` lie: descriptors, from 0x400 on the available ring, from 0x800 on the used one.
+    pub fn base(queue: u16) -> u64 {
         0x1000 + u64::from(queue) * QUEUE_BYTES
     }
 
