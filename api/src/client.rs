@@ -69,6 +69,8 @@ pub struct Client {
     socket: PathBuf,
     allowed: Duration,
     stream: Option<UnixStream>,
+    /// Whether there was an answer over `stream`.
+    answered: bool,
 }
 
 /// A request under way: what it is and when it must be over.
@@ -111,7 +113,7 @@ impl Client {
     ///
     /// [`Reason::Gone`], [`Reason::NotPermitted`], [`Reason::TimedOut`] or [`Reason::Io`].
     pub fn connect(socket: &Path, deadline: Duration) -> Result<Self, Error> {
-        let mut client = Self { socket: socket.to_owned(), allowed: deadline, stream: None };
+        let mut client = Self { socket: socket.to_owned(), allowed: deadline, stream: None, answered: false };
         let stream =
             connect(socket, Clock::new(deadline)).map_err(|reason| client.error("connect", reason))?;
         client.stream = Some(stream);
@@ -185,11 +187,20 @@ impl Client {
 
     fn exchange(&mut self, resource: Resource) -> Result<Answer, Reason> {
         let clock = Clock::new(self.allowed);
-        // It is put back only after a good exchange: no answer can be taken for that of a later request.
-        let mut stream = match self.stream.take().filter(is_open) {
-            Some(stream) => stream,
-            None => connect(&self.socket, clock)?,
-        };
+        if let Some(stream) = self.stream.take() {
+            match self.ask(stream, resource, clock) {
+                // The server may have ended an idle connection before it saw this request. Asking once more does no
+                // harm: all requests are idempotent (RFC 9110, section 9.2.2).
+                Err(Reason::Closed) if self.answered => {}
+                result => return result,
+            }
+        }
+        self.answered = false;
+        let stream = connect(&self.socket, clock)?;
+        self.ask(stream, resource, clock)
+    }
+
+    fn ask(&mut self, mut stream: UnixStream, resource: Resource, clock: Clock) -> Result<Answer, Reason> {
         let (method, path) = (resource.method(), resource.path());
         // A PUT without content says so (RFC 9110, section 8.6).
         let length = if method == "PUT" { "Content-Length: 0\r\n" } else { "" };
@@ -201,8 +212,10 @@ impl Client {
             (Ok(answer), _) => answer,
             (Err(_), Err(reason)) | (Err(reason), Ok(())) => return Err(reason),
         };
+        // It is put back only after a good exchange: no answer can be taken for that of a later request.
         if !answer.close {
             self.stream = Some(stream);
+            self.answered = true;
         }
         Ok(answer)
     }
@@ -295,14 +308,6 @@ fn read_more(stream: &mut UnixStream, bytes: &mut Vec<u8>, clock: Clock) -> Resu
             Err(error) => return Err(clock.reason(error)),
         }
     }
-}
-
-/// Whether a connection that has nothing under way is still good for a request.
-fn is_open(stream: &UnixStream) -> bool {
-    let mut byte = [0];
-    let read = stream.set_nonblocking(true).and_then(|()| (&*stream).read(&mut byte));
-    matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
-        && stream.set_nonblocking(false).is_ok()
 }
 
 /// Like [`UnixStream::connect`], which may wait for ever on a monitor that takes no connections.
