@@ -65,7 +65,7 @@ pub enum Error {
         reason: String,
     },
     /// It needs more memory than there is, or other addresses.
-    #[error("kernel {} needs guest memory from {start:#x} to {end:#x}, which the guest has not got", path.display())]
+    #[error("kernel {} needs guest memory from {start:#x} to {end:#x}, and the guest has none there", path.display())]
     Placement {
         /// The file.
         path: PathBuf,
@@ -73,6 +73,14 @@ pub enum Error {
         start: u64,
         /// Address after the last.
         end: u64,
+    },
+    /// It wants to lie where the machine keeps its own things.
+    #[error("{} cannot be a kernel for this machine: it would be loaded at {start:#x}, and kernels begin at 1 MiB or above", path.display())]
+    Low {
+        /// The file.
+        path: PathBuf,
+        /// First address.
+        start: u64,
     },
     /// The initial RAM disk does not fit.
     #[error("initrd {} of {} MiB does not fit into guest memory beside the kernel, which ends at {} MiB", path.display(), size.div_ceil(1 << 20), kernel_end.div_ceil(1 << 20))]

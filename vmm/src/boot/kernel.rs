@@ -119,17 +119,28 @@ impl Kernel {
         self.segments.iter().map(Segment::end).max().unwrap_or(0)
     }
 
+    /// Whether the kernel's pieces leave the first MiB, where what the monitor prepares for it lies, alone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Low`] with the first piece that does not.
+    pub fn check_start(&self) -> Result<(), Error> {
+        match self.segments.iter().find(|segment| segment.address < layout::HIGH_START) {
+            Some(low) => Err(Error::Low { path: self.path.clone(), start: low.address }),
+            None => Ok(()),
+        }
+    }
+
     /// Whether the kernel's pieces lie in RAM, given as `(start, end)` ranges.
     ///
     /// # Errors
     ///
-    /// [`Error::Placement`] with the first piece that does not.
+    /// [`Error::Placement`] with the first piece that does not; [`Error::Low`].
     pub fn check_placement(&self, ram: &[(u64, u64)]) -> Result<(), Error> {
+        self.check_start()?;
         for segment in &self.segments {
             let (start, end) = (segment.address, segment.end());
-            let in_ram = ram.iter().any(|range| range.0 <= start && end <= range.1);
-            // Below 1 MiB lies what the monitor prepares for the kernel, and the ACPI tables.
-            if !in_ram || start < layout::HIGH_START {
+            if !ram.iter().any(|range| range.0 <= start && end <= range.1) {
                 return Err(Error::Placement { path: self.path.clone(), start, end });
             }
         }

@@ -1,11 +1,12 @@
 //! The files that a configuration names, opened and checked before anything is created.
 
 use std::fmt::Display;
+use std::path::Path;
 use std::sync::Arc;
 
 use devices::virtio::block::{Disk, Raw};
 
-use crate::boot::{Initrd, Kernel};
+use crate::boot::{self, Initrd, Kernel};
 use crate::config::{Error, Loaded, Problem};
 use crate::memory;
 
@@ -29,7 +30,7 @@ pub struct Files {
 pub fn open(loaded: &Loaded) -> Result<Files, Error> {
     let config = &loaded.config;
     let mut problems = Vec::new();
-    let kernel = note(&mut problems, loaded, "boot.kernel", Kernel::open(&config.boot.kernel));
+    let kernel = note(&mut problems, loaded, "boot.kernel", open_kernel(&config.boot.kernel));
     let initrd = config.boot.initrd.as_deref().map(Initrd::open).transpose();
     let initrd = note(&mut problems, loaded, "boot.initrd", initrd);
     if let (Some(kernel), Some(initrd)) = (&kernel, &initrd) {
@@ -54,6 +55,12 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
             unreachable!("files are missing and nothing is wrong")
         }
     }
+}
+
+fn open_kernel(path: &Path) -> Result<Kernel, boot::Error> {
+    let kernel = Kernel::open(path)?;
+    kernel.check_start()?;
+    Ok(kernel)
 }
 
 /// Kernel and initial RAM disk have to fit into memory beside each other.

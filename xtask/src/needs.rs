@@ -1,0 +1,66 @@
+//! What tests need of a machine. A test that needs something says so as the reason for which it is ignored:
+//! `#[ignore = "needs root, tun and network namespaces"]`.
+
+use std::fs::OpenOptions;
+use std::path::Path;
+
+type Check = fn() -> bool;
+
+/// Requirements by the name that tests use.
+const NEEDS: [(&str, Check); 7] = [
+    ("root", is_root),
+    ("/dev/kvm", || opens("/dev/kvm")),
+    ("tun", || opens("/dev/net/tun")),
+    ("loop devices", || opens("/dev/loop-control")),
+    ("network namespaces", || is_root() && Path::new("/proc/self/ns/net").exists()),
+    ("qemu-system-x86_64", || is_program("qemu-system-x86_64")),
+    ("Debian's packages", || is_program("apt-get") && is_program("dpkg-deb")),
+];
+
+fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+fn opens(path: &str) -> bool {
+    OpenOptions::new().read(true).write(true).open(path).is_ok()
+}
+
+fn is_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+/// All names.
+pub fn known() -> Vec<&'static str> {
+    NEEDS.iter().map(|need| need.0).collect()
+}
+
+/// The requirements in `reason`, the text of an `#[ignore]`.
+pub fn parse(reason: &str) -> Vec<String> {
+    let list = reason.strip_prefix("needs ").unwrap_or(reason);
+    list.replace(" and ", ", ").split(", ").map(|need| need.trim().to_owned()).collect()
+}
+
+/// Whether this machine has `need`; `None` if that is no known requirement.
+pub fn met(need: &str) -> Option<bool> {
+    NEEDS.iter().find(|known| known.0 == need).map(|known| known.1())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_lists_in_english() {
+        assert_eq!(parse("needs root"), ["root"]);
+        assert_eq!(parse("needs root and tun"), ["root", "tun"]);
+        assert_eq!(parse("needs root, tun and loop devices"), ["root", "tun", "loop devices"]);
+    }
+
+    #[test]
+    fn requirement_that_is_not_known_is_neither_met_nor_unmet() {
+        assert_eq!(met("a miracle"), None);
+        assert!(met("root").is_some());
+    }
+}
