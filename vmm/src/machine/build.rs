@@ -90,6 +90,7 @@ pub fn build(
     acpi::write_tables(&ram, config.cpu.count, slots.places())?;
     let cmdline = slots.name_on(&config.boot.cmdline);
     let entry = boot::load(&ram, &mut files.kernel, files.initrd.as_mut(), &cmdline, true)?;
+    memory::advise_huge_pages(&ram, &config.memory.backing);
     if let Some(first) = vcpus.first() {
         first.set_entry(|regs, sregs| entry.configure(regs, sregs))?;
     }

@@ -7,7 +7,10 @@ use std::os::fd::FromRawFd;
 
 use devices::GuestRam;
 use vm_memory::mmap::{MmapRegion, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap,
+};
 
 use crate::config::model::Backing;
 
@@ -79,9 +82,6 @@ pub fn create(size: u64, backing: &Backing) -> Result<GuestRam, Error> {
             hint: hint(backing),
             source,
         })?;
-        if *backing == Backing::Anonymous {
-            advise_huge_pages(&region);
-        }
         regions.push(GuestRegionMmap::new(region, GuestAddress(start)).ok_or(Error::Size { size })?);
         offset += len;
     }
@@ -146,17 +146,26 @@ fn memfd(size: u64, flags: libc::c_uint) -> Result<File, Error> {
     Ok(file)
 }
 
-fn advise_huge_pages(region: &MmapRegion) {
-    // SAFETY: the range is exactly this mapping; the advice changes no contents.
-    let advised = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
-    if advised < 0 {
-        tracing::debug!("huge pages are not to be had for guest memory: {}", io::Error::last_os_error());
+/// Asks for huge pages under anonymous guest memory, from now on.
+///
+/// What is there already stays as it is until the kernel collapses it: the little that is written before the guest runs
+/// (its kernel, tables) is not worth the time that it takes to clear 2 MiB around each of its parts.
+pub fn advise_huge_pages(memory: &GuestRam, backing: &Backing) {
+    if *backing != Backing::Anonymous {
+        return;
+    }
+    for region in memory.iter() {
+        let map = region.get_mmap();
+        // SAFETY: the range is exactly this mapping; the advice changes no contents.
+        let advised = unsafe { libc::madvise(map.as_ptr().cast(), map.size(), libc::MADV_HUGEPAGE) };
+        if advised < 0 {
+            tracing::debug!("huge pages are not to be had for guest memory: {}", io::Error::last_os_error());
+        }
     }
 }
 
 /// Host address of each region, for the hypervisor: `(guest address, length, host address)`.
 pub fn host_regions(memory: &GuestRam) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-    use vm_memory::GuestMemoryBackend as _;
     memory.iter().map(|region| {
         let host = region.get_mmap().as_ptr() as usize as u64;
         (region.start_addr().0, region.len(), host)
