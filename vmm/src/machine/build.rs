@@ -9,6 +9,7 @@ use devices::legacy::serial::{self, Serial};
 use devices::legacy::{Host, Request};
 use devices::virtio::block::{Block, SECTOR};
 use devices::virtio::mmio::MmioTransport;
+use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
@@ -82,6 +83,9 @@ pub fn build(
     for disk in files.disks {
         let block = Block::new(disk.disk, disk.readonly, &disk.serial);
         slots.add(&vm, &mut mmio, &ram, Box::new(block))?;
+    }
+    for (tap, mac) in files.taps {
+        slots.add(&vm, &mut mmio, &ram, Box::new(Net::new(Box::new(tap), mac)))?;
     }
     if config.rng {
         slots.add(&vm, &mut mmio, &ram, Box::new(Rng::default()))?;

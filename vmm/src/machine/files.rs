@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::virtio::block::{Disk, Raw};
+use devices::virtio::net::Tap;
 
 use crate::boot::{self, Initrd, Kernel};
 use crate::config::{Error, Loaded, Problem};
@@ -24,6 +25,8 @@ pub struct Files {
     pub kernel: Kernel,
     pub initrd: Option<Initrd>,
     pub disks: Vec<OpenDisk>,
+    /// Each with the address of the card that is plugged in.
+    pub taps: Vec<(Tap, [u8; 6])>,
 }
 
 /// Opens them all, and looks whether the kernel fits into the guest; all problems are reported at once.
@@ -47,8 +50,17 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
             });
         }
     }
+    // Opening a tap may make one, which is nothing to be done for a guest that is refused anyway.
+    let mut taps = Vec::new();
+    let nets = if problems.is_empty() { &config.nets[..] } else { &[] };
+    for (index, net) in nets.iter().enumerate() {
+        let tap = Tap::open(&net.tap, net.host_address);
+        if let Some(tap) = note(&mut problems, loaded, &format!("net.{index}.tap"), tap) {
+            taps.push((tap, net.mac));
+        }
+    }
     match (kernel, initrd) {
-        (Some(kernel), Some(initrd)) if problems.is_empty() => Ok(Files { kernel, initrd, disks }),
+        (Some(kernel), Some(initrd)) if problems.is_empty() => Ok(Files { kernel, initrd, disks, taps }),
         _ => {
             loaded.refuse(problems)?;
             // Without a kernel or an initrd there is a problem.
