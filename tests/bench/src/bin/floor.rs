@@ -55,10 +55,8 @@ fn run() -> Result<(), Error> {
 
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
-    vm.set_identity_map_address(IDENTITY_MAP)?;
-    vm.set_tss_address(TSS)?;
-    vm.create_irq_chip()?;
-    vm.create_pit2(kvm_pit_config::default())?;
+    // Memory comes first: the devices that KVM makes for the interrupt controllers and the timer leave a grace period of
+    // the machine's SRCU behind, and a change of memory would wait for it, milliseconds long.
     let memory = map(mib << 20)?;
     let region = kvm_userspace_memory_region {
         memory_size: memory.len() as u64,
@@ -67,6 +65,10 @@ fn run() -> Result<(), Error> {
     };
     // SAFETY: the mapping is never unmapped, and only KVM and this thread, while the vCPU does not run, write to it.
     unsafe { vm.set_user_memory_region(region)? };
+    vm.set_identity_map_address(IDENTITY_MAP)?;
+    vm.set_tss_address(TSS)?;
+    vm.create_irq_chip()?;
+    vm.create_pit2(kvm_pit_config::default())?;
     let entry = load(&File::open(elf)?, memory)?;
     write_start_info(memory, cmdline)?;
 
