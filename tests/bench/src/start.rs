@@ -27,9 +27,9 @@ pub struct Options {
     /// Print one JSON object a line, and nothing else, on standard output
     #[arg(long)]
     pub json: bool,
-    /// The guest: an ELF with a PVH note whose first line on COM1 is a JSON object
+    /// Run this ELF instead of the test guest: with a PVH note, its first line on COM1 a JSON object
     #[arg(long, value_name = "ELF")]
-    pub guest: PathBuf,
+    pub guest: Option<PathBuf>,
     /// Measure builds without optimization as well
     #[arg(long)]
     pub allow_debug: bool,
@@ -49,6 +49,9 @@ pub enum Error {
     /// The harness is slower than it need be, and so is the floor beside it.
     #[error("this is a debug build, and so is the floor; build with --release, or give --allow-debug")]
     DebugHarness,
+    /// No guest.
+    #[error(transparent)]
+    Guest(#[from] vmm_tests::guest::Error),
     /// No directory for a run's files.
     #[error("cannot make a temporary directory: {0}")]
     Dir(#[source] std::io::Error),
@@ -81,7 +84,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
     if !options.allow_debug {
         refuse_debug_builds(&candidates)?;
     }
-    let guest = Guest { elf: &options.guest, cmdline: CMDLINE, memory_mib: MEMORY_MIB };
+    let elf = options.guest.clone().map_or_else(vmm_tests::guest::elf, Ok)?;
+    let guest = Guest { elf: &elf, cmdline: CMDLINE, memory_mib: MEMORY_MIB };
     if !options.json {
         print_conditions(options, &candidates);
     }
@@ -116,6 +120,11 @@ fn print_conditions(options: &Options, candidates: &[Candidate]) {
         "{} interleaved runs of each after one to warm up; {MEMORY_MIB} MiB, 1 vCPU, no seccomp, no jail",
         options.runs
     );
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or_default();
+    let processors = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    println!("Linux {}, {processors} processors, load {load} before the first run", kernel.trim());
     for system in candidates.iter().filter_map(|candidate| candidate.system.as_ref().ok()) {
         let version = systems::version(system.program()).unwrap_or_default();
         println!("  {:<18}{}  {version}", system.name(), system.program().display());
