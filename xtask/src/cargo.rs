@@ -70,16 +70,14 @@ pub fn run(command: &mut Command) -> Result<(), Error> {
 
 /// Runs `command`, which prints JSON messages, and collects them.
 fn messages(mut command: Command) -> Result<Vec<Value>, Error> {
-    let start = |source| Error::Start { program: describe(&command), source };
-    let mut child = match command.stdout(Stdio::piped()).spawn() {
-        Ok(child) => child,
-        Err(source) => return Err(start(source)),
-    };
+    let program = describe(&command);
+    let start = |source| Error::Start { program: program.clone(), source };
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(start)?;
     let lines = child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines());
     let messages = lines.map_while(Result::ok).filter_map(|line| serde_json::from_str(&line).ok()).collect();
     match child.wait() {
         Ok(status) if status.success() => Ok(messages),
-        Ok(_) => Err(Error::Failed { program: describe(&command) }),
+        Ok(_) => Err(Error::Failed { program: program.clone() }),
         Err(source) => Err(start(source)),
     }
 }
