@@ -45,12 +45,9 @@ pub fn out8(port: u16, value: u8) {
 mod service {
     pub const WAIT: u64 = 0;
     pub const ENABLE_INTERRUPTS: u64 = 1;
-    pub const DISABLE_INTERRUPTS: u64 = 2;
-    pub const READ_MSR: u64 = 3;
-    pub const WRITE_MSR: u64 = 4;
-    pub const SET_XCR0: u64 = 5;
-    pub const FLUSH_TLB: u64 = 6;
-    pub const TRIPLE_FAULT: u64 = 7;
+    pub const WRITE_MSR: u64 = 2;
+    pub const TRIPLE_FAULT: u64 = 3;
+    pub const BAD_MMIO: u64 = 4;
 }
 
 /// Calls `service` with what it wants in rcx, rdi and rsi; gives back edx:eax.
@@ -75,29 +72,9 @@ pub fn enable_interrupts() {
     call(service::ENABLE_INTERRUPTS, 0, 0, 0);
 }
 
-/// Holds interrupts back from now on.
-pub fn disable_interrupts() {
-    call(service::DISABLE_INTERRUPTS, 0, 0, 0);
-}
-
-/// Reads a model-specific register. One that does not exist is a fault that ends the guest.
-pub fn read_msr(register: u32) -> u64 {
-    call(service::READ_MSR, register.into(), 0, 0)
-}
-
 /// Writes a model-specific register. What the register does not take is a fault that ends the guest.
 pub fn write_msr(register: u32, value: u64) {
     call(service::WRITE_MSR, register.into(), value, 0);
-}
-
-/// Enables the extended states `mask` (bits of XCR0).
-pub fn set_xcr0(mask: u32) {
-    call(service::SET_XCR0, mask.into(), 0, 0);
-}
-
-/// Makes changes of page tables count.
-pub fn flush_tlb() {
-    call(service::FLUSH_TLB, 0, 0, 0);
 }
 
 /// Faults without a handler: the processor shuts down.
@@ -105,4 +82,15 @@ pub fn triple_fault() -> ! {
     loop {
         call(service::TRIPLE_FAULT, 0, 0, 0);
     }
+}
+
+/// Does to the device register at `address`, in ring 0, what KVM does not emulate: a compare-and-exchange of 16 bytes.
+pub fn bad_mmio(address: u64) {
+    call(service::BAD_MMIO, 0, address, 0);
+}
+
+/// Executes an undefined instruction.
+pub fn undefined() {
+    // SAFETY: the fault does not come back.
+    unsafe { asm!("ud2") };
 }

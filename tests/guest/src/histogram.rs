@@ -35,11 +35,6 @@ impl Histogram {
         self.max = self.max.max(value);
     }
 
-    /// The largest value.
-    pub fn max(&self) -> u64 {
-        self.max
-    }
-
     /// Smallest value of the bucket below or in which `permille` of the values lie.
     fn quantile(&self, permille: u64) -> u64 {
         let wanted = (self.count * permille).div_ceil(1000).max(1);
@@ -54,9 +49,9 @@ impl Histogram {
     /// Adds the distribution to `line`, each value by way of `unit`.
     pub fn report(&self, line: &mut Line, unit: impl Fn(u64) -> u64) {
         line.number("samples", self.count);
-        if self.count > 0 {
+        if let Some(mean) = self.sum.checked_div(self.count) {
             line.number("min_ns", unit(self.min))
-                .number("mean_ns", unit(self.sum / self.count))
+                .number("mean_ns", unit(mean))
                 .number("p50_ns", unit(self.quantile(500)))
                 .number("p90_ns", unit(self.quantile(900)))
                 .number("p99_ns", unit(self.quantile(990)))

@@ -15,6 +15,34 @@ pub fn bytes(address: u64, len: u64) -> &'static [u8] {
     unsafe { core::slice::from_raw_parts(core::ptr::with_exposed_provenance(index(address)), index(len)) }
 }
 
+/// `len` bytes at `address`, which nobody else uses for now.
+pub fn bytes_mut(address: u64, len: u64) -> &'static mut [u8] {
+    // SAFETY: mapped, see above; callers pass memory that they have from the heap, and use one slice of it at a time.
+    unsafe {
+        core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(index(address)), index(len))
+    }
+}
+
+/// `len` words of 64 bits at the aligned `address`, which nobody else uses for now.
+pub fn words(address: u64, len: u64) -> &'static mut [u64] {
+    // SAFETY: as of bytes_mut.
+    unsafe {
+        core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(index(address)), index(len))
+    }
+}
+
+/// Reads a number at an aligned address that a device or another processor may change.
+pub fn load<T: Copy>(address: u64) -> T {
+    // SAFETY: mapped, see above; callers use integers.
+    unsafe { core::ptr::with_exposed_provenance::<T>(index(address)).read_volatile() }
+}
+
+/// Writes a number to an aligned address that a device or another processor may read.
+pub fn store<T>(address: u64, value: T) {
+    // SAFETY: mapped, see above; callers pass memory that they have from the heap.
+    unsafe { core::ptr::with_exposed_provenance_mut::<T>(index(address)).write_volatile(value) }
+}
+
 /// Reads a device register.
 pub fn read32(address: u64) -> u32 {
     let value;

@@ -27,6 +27,6 @@ impl Random {
 
     /// The next number below `limit`, which is not 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        u64::try_from(u128::from(self.next()) * u128::from(limit) >> 64).unwrap_or_default()
+        u64::try_from((u128::from(self.next()) * u128::from(limit)) >> 64).unwrap_or_default()
     }
 }

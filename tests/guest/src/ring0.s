@@ -87,7 +87,7 @@ trampoline_32:
     .code64
     .globl service
 service:
-    cmp eax, 7
+    cmp eax, 4
     ja 9f
     jmp qword ptr [services + rax * 8]
 
@@ -103,14 +103,6 @@ service_enable_interrupts:
     or dword ptr [rsp + 16], 0x200
     iretq
 
-service_disable_interrupts:
-    and dword ptr [rsp + 16], 0xfffffdff
-    iretq
-
-service_read_msr:
-    rdmsr
-    iretq
-
 service_write_msr:
     mov eax, edi
     mov rdx, rdi
@@ -118,37 +110,22 @@ service_write_msr:
     wrmsr
     iretq
 
-# Lets ring 3 use the states in ecx, a value for XCR0.
-service_set_xcr0:
-    mov rax, cr4
-    or eax, 0x40000                 # OSXSAVE
-    mov cr4, rax
-    mov eax, ecx
-    xor ecx, ecx
-    xor edx, edx
-    xsetbv
-    iretq
-
-service_flush_tlb:
-    mov rax, cr3
-    mov cr3, rax
-    iretq
-
 service_triple_fault:
     lidt [no_idt]
     ud2
+
+service_bad_mmio:
+    lock cmpxchg16b [rdi]
+    iretq
 
     .section .rodata.ring0, "a"
     .balign 8
 services:
     .quad service_wait
     .quad service_enable_interrupts
-    .quad service_disable_interrupts
-    .quad service_read_msr
     .quad service_write_msr
-    .quad service_set_xcr0
-    .quad service_flush_tlb
     .quad service_triple_fault
+    .quad service_bad_mmio
 
     .balign 4
 gdt_pointer:
