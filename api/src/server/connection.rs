@@ -174,7 +174,7 @@ impl<'a> Connection<'a> {
         }
         let deadline = Instant::now() + self.shared.limits.linger;
         let mut dropped = 0;
-        while dropped < LINGER_LIMIT && Instant::now() < deadline {
+        while dropped < LINGER_LIMIT {
             self.bytes.clear();
             if self.fill(deadline).is_err() {
                 return;

@@ -320,6 +320,8 @@ fn client_that_waits_for_leave_to_send_a_body_gets_it() {
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(statuses(&replies(&read_all(stream), b"")), [400]);
     assert_eq!(host.one(&put("/v1/pause", "Expect: 100-continue\r\nContent-Length: 0\r\n")).status, 204);
+    let old = "PUT /v1/pause HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc";
+    assert_eq!(host.one(old).status, 400);
     assert_eq!(host.one(&put("/v1/pause", "Expect: a miracle\r\n")).status, 417);
 }
 
@@ -335,6 +337,7 @@ fn head_of_64_fields_and_16_kib_is_served_and_one_more_is_not() {
     };
     assert_eq!(sized(16384).len(), 16384);
     assert_eq!(host.one(&sized(16384)).status, 204);
+    assert!(request::parse(sized(16385).as_bytes()).is_err());
     let reply = host.one(&sized(16385));
     assert_eq!(reply.status, 431);
     assert!(reply.closes());
@@ -379,14 +382,16 @@ fn seventeenth_connection_is_turned_away_until_one_ends() {
 }
 
 #[test]
-fn crowd_of_refused_clients_is_forgotten_in_time() {
+fn crowd_of_refused_clients_does_not_pile_up() {
     let host = Host::new(NEVER);
     let _streams: Vec<_> = (0..CONNECTIONS).map(|_| host.connect()).collect();
-    let crowd: Vec<_> = (0..3 * CONNECTIONS).map(|_| host.connect()).collect();
-    for stream in crowd {
-        assert_eq!(statuses(&replies(&read_all(stream), b"")), [503]);
+    let mut crowd: Vec<_> = (0..3 * CONNECTIONS).map(|_| host.connect()).collect();
+    for stream in &crowd {
+        assert_eq!(statuses(&replies(&read_all(stream.try_clone().unwrap()), b"")), [503]);
     }
-    host.server.stop();
+    // The first are closed to make room for the last, which can still finish their requests.
+    assert!(crowd[0].write_all(STATUS).is_err());
+    crowd.last_mut().unwrap().write_all(STATUS).unwrap();
 }
 
 #[test]
@@ -420,6 +425,15 @@ fn client_that_never_closes_is_closed() {
 }
 
 #[test]
+fn client_that_is_refused_early_can_still_send_its_body() {
+    let host = Host::new(NEVER);
+    let mut stream = host.connect();
+    stream.write_all(put("/v1/pause", "Content-Length: 100000\r\n").as_bytes()).unwrap();
+    assert_eq!(statuses(&replies(&read_all(stream.try_clone().unwrap()), b"")), [413]);
+    stream.write_all(&[0; 100_000]).unwrap();
+}
+
+#[test]
 fn stop_waits_for_no_client() {
     let host = Host::new(NEVER);
     let silent = host.connect();
@@ -440,6 +454,8 @@ fn stop_waits_for_no_client() {
         assert_ne!((&deaf).write(STATUS).unwrap(), 0);
     }
     host.server.stop();
+    // No thread is left that could know of the guest.
+    assert_eq!(Arc::strong_count(&host.fake), 1);
     assert_eq!(read_all(silent), b"");
     assert_eq!(read_all(begun), b"");
 }
@@ -454,10 +470,16 @@ fn stop_of_the_guest_is_answered_though_the_server_ends_meanwhile() {
     stream.write_all((put("/v1/stop", "") + &put("/v1/pause", "")).as_bytes()).unwrap();
     at_entry.recv().unwrap();
     let shared = host.server.shared.clone();
-    let stopper = thread::spawn(move || host.server.stop());
+    let (stopped, at_stopped) = channel();
+    let stopper = thread::spawn(move || {
+        host.server.stop();
+        stopped.send(()).unwrap();
+    });
     while !shared.is_stopping() {
         thread::yield_now();
     }
+    // It waits for the call, however long that takes.
+    assert!(at_stopped.recv_timeout(BACK_OFF).is_err());
     go.send(()).unwrap();
     assert_eq!(statuses(&replies(&read_all(stream), b"")), [204]);
     stopper.join().unwrap();
@@ -502,6 +524,7 @@ fn other_user_is_turned_away_and_nothing_is_done_for_them() {
         assert_eq!(changed, 0, "{}", io::Error::last_os_error());
         let mut stream = UnixStream::connect_addr(&address).unwrap();
         stream.write_all(put("/v1/stop", "").as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
         replies(&read_all(stream), b"")
     });
     let replies = stranger.join().unwrap();
