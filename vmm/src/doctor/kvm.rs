@@ -9,7 +9,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
-use super::cpu::Cpu;
+use super::host::Cpu;
+use super::proc;
 use super::report::{Check, Severity, Virtualization};
 use super::speed;
 
@@ -110,7 +111,7 @@ fn forbidden() -> String {
     if !device.file_type().is_char_device() {
         return format!("{DEVICE} is no device: remove it and load KVM's module again");
     }
-    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let groups = proc::read("/etc/group").unwrap_or_default();
     permission(device.mode(), group_name(&groups, device.gid()))
 }
 

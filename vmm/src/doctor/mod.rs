@@ -4,8 +4,13 @@
 //! the system call, runs a few instructions in a tiny guest); where it has to read what the kernel says about
 //! itself, reading and understanding are apart, so that the latter is tested on the texts of other hosts.
 
-mod cpu;
+mod cgroups;
+mod devices;
+mod host;
+mod isolation;
 mod kvm;
+mod memory;
+mod proc;
 mod report;
 mod speed;
 
@@ -15,10 +20,14 @@ pub use report::{Check, Report, Severity, Virtualization};
 /// is a "no" with the reason.
 #[must_use]
 pub fn examine() -> Report {
-    let cpu = cpu::read();
+    let cpu = host::cpu();
     let (kvm, virtualization) = kvm::examine(&cpu);
-    let mut checks = vec![cpu::check(&cpu)];
+    let mut checks = vec![host::cpu_check(&cpu), host::kernel(), host::memory()];
     checks.extend(kvm);
+    checks.extend(memory::checks());
+    checks.extend(devices::checks());
+    checks.push(cgroups::check());
+    checks.extend(isolation::checks());
     Report::new(checks, virtualization)
 }
 

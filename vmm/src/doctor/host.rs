@@ -1,8 +1,10 @@
-//! The host's processor.
+//! The host itself: processor, kernel, memory.
 
-use std::fs;
-
+use super::proc::{self, Kib};
 use super::report::{Check, Severity};
+
+/// Memory of a guest whose configuration does not say.
+const DEFAULT_GUEST_KIB: u64 = 256 << 10;
 
 /// What `/proc/cpuinfo` says, as far as it matters here; empty where it says nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,8 +29,8 @@ impl Cpu {
 }
 
 /// Reads it.
-pub(super) fn read() -> Cpu {
-    parse(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+pub(super) fn cpu() -> Cpu {
+    parse(&proc::read("/proc/cpuinfo").unwrap_or_default())
 }
 
 /// Understands the text of `/proc/cpuinfo` (one paragraph of `key : value` lines per processor).
@@ -53,7 +55,7 @@ fn parse(text: &str) -> Cpu {
 }
 
 /// Which processor it is.
-pub(super) fn check(cpu: &Cpu) -> Check {
+pub(super) fn cpu_check(cpu: &Cpu) -> Check {
     const NAME: &str = "cpu";
     if cpu.count == 0 {
         return Check::no(NAME, Severity::Optional, "/proc/cpuinfo tells of no processor", "mount /proc");
@@ -63,9 +65,52 @@ pub(super) fn check(cpu: &Cpu) -> Check {
     Check::yes(NAME, Severity::Optional, format!("{} ({}), {threads}{guest}", cpu.model, cpu.vendor.trim()))
 }
 
+/// Which kernel runs.
+pub(super) fn kernel() -> Check {
+    const NAME: &str = "kernel";
+    match proc::read("/proc/sys/kernel/osrelease") {
+        Ok(release) => Check::yes(NAME, Severity::Optional, format!("Linux {release}")),
+        Err(error) => Check::no(NAME, Severity::Optional, error.to_string(), "mount /proc"),
+    }
+}
+
+/// How much memory there is for guests.
+pub(super) fn memory() -> Check {
+    match proc::read("/proc/meminfo") {
+        Ok(text) => memory_of(&text),
+        Err(error) => Check::no("memory", Severity::Optional, error.to_string(), "mount /proc"),
+    }
+}
+
+fn memory_of(meminfo: &str) -> Check {
+    const NAME: &str = "memory";
+    let (Some(total), Some(available)) =
+        (proc::field_kib(meminfo, "MemTotal"), proc::field_kib(meminfo, "MemAvailable"))
+    else {
+        let found = "/proc/meminfo does not tell how much is available";
+        return Check::no(NAME, Severity::Optional, found, "see `free`");
+    };
+    let found = format!("{} of {} available", Kib(available), Kib(total));
+    if available >= DEFAULT_GUEST_KIB {
+        Check::yes(NAME, Severity::Optional, found)
+    } else {
+        let advice = "end something, or give guests a smaller memory.size";
+        Check::no(NAME, Severity::Optional, found, advice)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_what_is_available_not_what_is_free() {
+        let text = "MemTotal:       24684092 kB\nMemFree:         1774132 kB\nMemAvailable:   24196000 kB\n";
+        let check = memory_of(text);
+        assert_eq!((check.ok, check.found.as_str()), (true, "23.0 GiB of 23.5 GiB available"));
+        assert!(!memory_of("MemTotal: 500000 kB\nMemAvailable: 100000 kB\n").ok);
+        assert!(!memory_of("MemTotal: 500000 kB\n").ok);
+    }
 
     const INTEL: &str = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t\t: 207\nmodel name\t: Intel(R) Xeon(R) Processor\n\
         flags\t\t: fpu vme vmx hypervisor lahf_lm\nvmx flags\t: vnmi ept\npower management:\n\n\
@@ -86,7 +131,7 @@ mod tests {
         );
         assert_eq!(cpu.kvm_module(), "kvm_intel");
         assert_eq!(
-            check(&cpu).found,
+            cpu_check(&cpu).found,
             "Intel(R) Xeon(R) Processor (GenuineIntel), 2 threads, in a virtual machine"
         );
     }
@@ -106,7 +151,7 @@ mod tests {
 
     #[test]
     fn text_without_processors_is_a_no() {
-        assert!(!check(&parse("")).ok);
-        assert!(!check(&parse("garbage\n: :\n\u{0}:")).ok);
+        assert!(!cpu_check(&parse("")).ok);
+        assert!(!cpu_check(&parse("garbage\n: :\n\u{0}:")).ok);
     }
 }
