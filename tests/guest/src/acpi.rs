@@ -104,6 +104,7 @@ pub fn sleep_control() -> Option<u16> {
 /// Identifications of the local APICs of all processors that can be used.
 pub fn processors() -> Vec<u8> {
     const LOCAL_APIC: u8 = 0;
+    const LOCAL_X2APIC: u8 = 9;
     const ENABLED: u8 = 1;
     let Some(madt) = find("APIC") else { return Vec::new() };
     let mut found = Vec::new();
@@ -112,10 +113,11 @@ pub fn processors() -> Vec<u8> {
         && usize::from(len) >= 2
         && let Some((entry, others)) = rest.split_at_checked(len.into())
     {
-        if let (LOCAL_APIC, [_, _, _, id, flags, ..]) = (kind, entry)
-            && flags & ENABLED != 0
-        {
-            found.push(*id);
+        match (kind, entry) {
+            (LOCAL_APIC, [_, _, _, id, flags, ..]) if flags & ENABLED != 0 => found.push(*id),
+            // Those with longer identifications cannot be addressed through the registers in memory.
+            (LOCAL_X2APIC, [_, _, _, _, id, 0, 0, 0, flags, ..]) if flags & ENABLED != 0 => found.push(*id),
+            _ => {}
         }
         rest = others;
     }
