@@ -3,16 +3,20 @@
 
 use std::fs::OpenOptions;
 use std::path::Path;
+use std::process::Command;
+
+use crate::cargo;
 
 type Check = fn() -> bool;
 
 /// Requirements by the name that tests use.
-const NEEDS: [(&str, Check); 7] = [
+const NEEDS: [(&str, Check); 8] = [
     ("root", is_root),
     ("/dev/kvm", || opens("/dev/kvm")),
     ("tun", || opens("/dev/net/tun")),
     ("loop devices", || opens("/dev/loop-control")),
     ("network namespaces", || is_root() && Path::new("/proc/self/ns/net").exists()),
+    ("curl", || is_program("curl")),
     ("qemu-system-x86_64", || is_program("qemu-system-x86_64")),
     ("Debian's packages", || is_program("apt-get") && is_program("dpkg-deb")),
 ];
@@ -29,6 +33,26 @@ fn opens(path: &str) -> bool {
 fn is_program(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+/// Programs that tests call, with Debian's package of each.
+const PROGRAMS: [(&str, &str); 3] = [("curl", "curl"), ("losetup", "mount"), ("mkfifo", "coreutils")];
+
+/// Installs what tests call and this machine has not got, where the user may; says which where not.
+pub fn install() {
+    let missing: Vec<_> = PROGRAMS.iter().filter(|program| !is_program(program.0)).map(|p| p.1).collect();
+    if missing.is_empty() {
+        return;
+    }
+    if !is_root() || !is_program("apt-get") {
+        eprintln!("xtask: some tests need packages that are not installed: {}", missing.join(" "));
+        return;
+    }
+    let mut command = Command::new("apt-get");
+    command.args(["install", "--yes", "--no-install-recommends"]).args(&missing);
+    if let Err(error) = cargo::run(command.env("DEBIAN_FRONTEND", "noninteractive")) {
+        eprintln!("xtask: {error}");
+    }
 }
 
 /// All names.

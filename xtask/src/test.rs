@@ -28,6 +28,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
     if let Err(error) = vmm_nested::ensure_packages() {
         eprintln!("xtask: {error}");
     }
+    needs::install();
     eprintln!("xtask: building the monitor and the tests");
     let vmm = cargo::release("vmm", "vmm")?;
     let programs = cargo::test_programs()?;

@@ -55,7 +55,7 @@ pub fn start(
 ) -> Result<(Arc<Controller>, Machine), Error> {
     let Built { vm, vcpus, around, devices, power, serial, console, sizes } = built;
     let controller = Arc::new(Controller {
-        status: describe(config, &sizes, console.place()),
+        status: describe(config, &sizes, console.place().to_owned()),
         ending: ending.clone(),
         around: around.clone(),
         devices,
@@ -122,6 +122,15 @@ impl Machine {
         }
         // No vCPU runs, so that nobody starts a device again.
         self.controller.devices.iter().for_each(|device| device.stop());
+    }
+}
+
+impl Machine {
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        if let Err(Refused(reason)) = self.controller.power_button() {
+            tracing::warn!("{reason}");
+        }
     }
 }
 

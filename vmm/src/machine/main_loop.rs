@@ -1,28 +1,37 @@
 //! What the main thread does while the guest runs: it waits for the end, for signals, and for input to the console.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
+use super::console::Wait;
 use super::control::Machine;
 use super::ending::{Ending, Outcome};
 use super::signals::EndSignals;
+use crate::terminal::{Action, HELP};
 
-/// Most input taken at once, in bytes.
-const CHUNK: usize = 256;
 /// After how many milliseconds input that waits is offered again. A port in loopback mode takes none, and does not say
 /// when it leaves that mode.
 const RETRY: libc::c_int = 50;
+/// After how many milliseconds a terminal that another has is looked at again.
+const LOOK_AGAIN: libc::c_int = 250;
+const FOREVER: libc::c_int = -1;
 
 /// Waits until the guest is at its end, and serves its console meanwhile.
-pub fn until_the_end(ending: &Ending, signals: &EndSignals, machine: &Machine) -> io::Result<()> {
-    let mut input = machine.console.input();
+pub fn until_the_end(ending: &Ending, signals: &EndSignals, machine: &mut Machine) -> io::Result<()> {
     let mut waiting: Vec<u8> = Vec::new();
     loop {
         // Input is not read before the guest has taken what was read before, so that whoever types or pipes waits.
-        let room = if waiting.is_empty() { -1 } else { machine.serial.room().as_raw_fd() };
-        let source = input.as_ref().filter(|_| waiting.is_empty()).map_or(-1, AsRawFd::as_raw_fd);
+        let (room, source, timeout) = if waiting.is_empty() {
+            match machine.console.wait() {
+                Wait::Never => (-1, -1, FOREVER),
+                Wait::Readable(fd) => (-1, fd, FOREVER),
+                Wait::Later => (-1, -1, LOOK_AGAIN),
+            }
+        } else {
+            (machine.serial.room().as_raw_fd(), -1, RETRY)
+        };
         let fds = [ending.event().as_raw_fd(), signals.as_raw_fd(), room, source];
-        let [ended, signal, room, source] = readable(fds, if waiting.is_empty() { -1 } else { RETRY })?;
+        let [ended, signal, room, source] = readable(fds, timeout)?;
         if signal && let Some(number) = signals.take() {
             tracing::info!("signal {number} ends the guest");
             ending.report(Outcome::Stopped);
@@ -33,20 +42,23 @@ pub fn until_the_end(ending: &Ending, signals: &EndSignals, machine: &Machine) -
         if room {
             machine.serial.room().read().unwrap_or_default();
         }
-        if source && let Some(console) = &mut input {
-            let mut chunk = [0; CHUNK];
-            match console.read(&mut chunk) {
-                Ok(0) => input = None,
-                Ok(read) => waiting.extend_from_slice(&chunk[..read]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!("the console's input ends: {error}");
-                    input = None;
-                }
-            }
+        if source {
+            let taken = machine.console.take();
+            waiting.extend_from_slice(&taken.bytes);
+            taken.actions.into_iter().for_each(|action| carry_out(action, ending, machine));
         }
         let taken = if waiting.is_empty() { 0 } else { machine.serial.input(&waiting) };
         waiting.drain(..taken);
+    }
+}
+
+/// Does what somebody at the console has asked the monitor for.
+fn carry_out(action: Action, ending: &Ending, machine: &Machine) {
+    match action {
+        Action::Stop => ending.report(Outcome::Stopped),
+        Action::PowerButton => machine.press_power_button(),
+        // The terminal may be gone; then nobody reads this.
+        Action::Help => io::stderr().write_all(HELP.as_bytes()).unwrap_or_default(),
     }
 }
 

@@ -111,9 +111,9 @@ pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
     let ending = Arc::new(Ending::new().map_err(host("an event descriptor"))?);
     let console = console::Console::open(&config.serial).map_err(host("the serial console"))?;
     let built = build::build(config, files, &ending, console)?;
-    let (controller, machine) = control::start(config, built, &ending)?;
+    let (controller, mut machine) = control::start(config, built, &ending)?;
     let server = api::server::Server::start(listener, controller).map_err(host("the control socket"))?;
-    main_loop::until_the_end(&ending, &signals, &machine).map_err(host("the main loop"))?;
+    main_loop::until_the_end(&ending, &signals, &mut machine).map_err(host("the main loop"))?;
     machine.take_apart();
     server.stop();
     drop(claim);
