@@ -138,3 +138,7 @@ impl Work for Server {
         self.rx.iter_mut().for_each(Receiver::drain);
     }
 }
+
+#[cfg(test)]
+#[path = "wakeup_tests.rs"]
+mod tests;
