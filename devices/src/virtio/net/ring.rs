@@ -266,6 +266,12 @@ impl Ring {
         })
     }
 
+    /// Number of chains taken and not given back.
+    #[cfg(test)]
+    pub fn outstanding(&self) -> u16 {
+        self.queue.next_avail().wrapping_sub(self.queue.next_used())
+    }
+
     fn fail(&mut self, what: &str) {
         if !std::mem::replace(&mut self.broken, true) {
             BROKEN.log(|dropped| {

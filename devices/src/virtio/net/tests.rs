@@ -285,7 +285,6 @@ fn frame_larger_than_the_buffers_offered_waits_for_more() {
     nic.arrive(tso4(), &frame(5000, 5));
     nic.arrive(PLAIN, &frame(50, 6));
     wait_for("asking for a kick", || nic.avail_event(0) == 2);
-    wait_for_count(&nic.counters.rx_waits, 2);
     nic.driver.device.pause();
     nic.driver.device.resume();
     nic.post_all(2..4, 1000);
@@ -392,16 +391,22 @@ fn frames_wait_while_the_back_end_is_full_and_go_in_order_when_there_is_room() {
         nic.offer(head, &[&PLAIN, &frame(100, head.to_le_bytes()[0])[..]].concat(), &[]);
     }
     nic.driver.kick(TX);
-    wait_for("filling the cable", || nic.counters.tx_waits.load(Ordering::SeqCst) > 0);
+    let waits = |nic: &Nic| nic.counters.tx_waits.load(Ordering::SeqCst);
+    wait_for("filling the cable", || waits(&nic) == 1);
     assert!((1..u64::from(SIZE)).contains(&nic.counters.tx_frames.load(Ordering::SeqCst)));
     // Neither kicks nor a pause gets anything through, or loses it.
     nic.driver.kick(TX);
     nic.driver.device.pause();
     nic.driver.device.resume();
+    wait_for("trying again", || waits(&nic) > 1);
     for head in 0..SIZE {
         assert_eq!(nic.sent().1, frame(100, head.to_le_bytes()[0]));
         assert_eq!(nic.driver.wait_used(TX, LONG), Some((head.into(), 0)));
     }
+    // It is watched as before.
+    nic.post_all(0..1, 100);
+    nic.arrive(PLAIN, &frame(50, 1));
+    assert_eq!(nic.receive().1, frame(50, 1));
 }
 
 #[test]

@@ -151,6 +151,29 @@ impl Driver {
     }
 }
 
+#[test]
+fn nothing_is_taken_from_the_queues_of_a_card_that_is_held() {
+    let (mut buffers, rx) = Driver::new(true, 65_534, true);
+    let (mut frames, tx) = Driver::new(true, 7, false);
+    buffers.offer(SIZE);
+    frames.offer(3);
+    let backend = Numbers { room: 1, ..Numbers::default() };
+    let rx = Receiver::new(rx, Offloads::default(), true, 500);
+    let tx = Transmitter::new(tx, Offloads::default());
+    let backend: Shared = Arc::new(Mutex::new(Box::new(backend)));
+    let mut server = Server::new(backend, Arc::default(), Some(rx), Some(tx));
+    server.receive();
+    let taken = |server: &Server| {
+        let (rx, tx) = (server.rx.as_ref().unwrap(), server.tx.as_ref().unwrap());
+        (rx.ring.outstanding(), tx.ring.outstanding())
+    };
+    assert_eq!(taken(&server), (6, 0));
+    let full = server.tx.as_mut().unwrap().serve(&mut **lock(&server.backend), &server.counters);
+    assert!(full);
+    server.drain();
+    assert_eq!((taken(&server), frames.used()), ((0, 0), 8));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// The driver makes so many chains available.
