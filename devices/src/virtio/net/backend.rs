@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::iter;
 use std::os::fd::RawFd;
+use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
@@ -155,8 +156,8 @@ impl<'a> Pieces<'a> {
 
     /// The pieces in a form that can be copied from and to.
     fn slices(self) -> impl Iterator<Item = VolatileSlice<'a>> {
-        // SAFETY: every piece was taken from guest memory by `PieceList::push`, or is the end of such a piece; the list,
-        // which `self` borrows, keeps that memory mapped.
+        // SAFETY: every piece that is not empty was taken from guest memory by `PieceList::push`, or is the end of such a
+        // piece; the list, which `self` borrows, keeps that memory mapped.
         self.iovecs().map(|piece| unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) })
     }
 
@@ -176,10 +177,10 @@ impl<'a> Pieces<'a> {
     pub fn copy_from(self, data: &[u8]) -> usize {
         let mut at = 0;
         for slice in self.slices() {
-            let part = &data[at..data.len().min(at + slice.len())];
-            if part.is_empty() {
+            if at == data.len() {
                 break;
             }
+            let part = &data[at..data.len().min(at + slice.len())];
             slice.copy_from(part);
             at += part.len();
         }
@@ -222,13 +223,21 @@ impl PieceList {
     pub fn push(&mut self, address: GuestAddress, len: u32, access: Permissions) -> Result<usize, Error> {
         let outside = || Error::Memory { address: address.0, len };
         let bytes = usize::try_from(len).map_err(|_| outside())?;
-        for slice in self.memory.get_slices(address, bytes, access).map_err(|_| outside())? {
-            let slice = slice.map_err(|_| outside())?;
-            if self.pieces.len() == MAX_PIECES {
+        let Self { pieces, memory } = self;
+        let mut append = |iov_base, iov_len| {
+            if pieces.len() == MAX_PIECES {
                 return Err(Error::Pieces);
             }
-            let base = slice.ptr_guard_mut().as_ptr();
-            self.pieces.push(libc::iovec { iov_base: base.cast(), iov_len: slice.len() });
+            pieces.push(libc::iovec { iov_base, iov_len });
+            Ok(())
+        };
+        if bytes == 0 {
+            // Counts like any other, so that a list of nothing does not take for ever to be gone through.
+            append(ptr::dangling_mut(), 0)?;
+        }
+        for slice in memory.get_slices(address, bytes, access).map_err(|_| outside())? {
+            let slice = slice.map_err(|_| outside())?;
+            append(slice.ptr_guard_mut().as_ptr().cast(), slice.len())?;
         }
         Ok(bytes)
     }
@@ -285,10 +294,13 @@ mod tests {
     #[test]
     fn piece_after_the_last_that_the_kernel_takes_is_refused() {
         let mut list = PieceList::new(memory());
-        for _ in 0..MAX_PIECES {
-            list.push(GuestAddress(0), 1, Permissions::Read).unwrap();
+        for index in 0..MAX_PIECES {
+            let len = u32::from(index % 2 == 0);
+            list.push(GuestAddress(0), len, Permissions::Read).unwrap();
         }
-        assert_eq!(list.push(GuestAddress(0), 1, Permissions::Read), Err(Error::Pieces));
+        for len in [0, 1] {
+            assert_eq!(list.push(GuestAddress(0), len, Permissions::Read), Err(Error::Pieces));
+        }
     }
 
     #[test]
