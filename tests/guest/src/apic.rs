@@ -1,5 +1,6 @@
 //! Local APIC and I/O APIC through their registers in memory (SDM volume 3A, chapter 10; Intel 82093AA data sheet).
 
+use crate::clock::Clock;
 use crate::interrupts::{FIRST_VECTOR, SPURIOUS, TIMER, quiet};
 use crate::{cpu, phys};
 
@@ -97,6 +98,14 @@ pub fn measure_timer(cycles: u64) -> u64 {
     phys::write32(LOCAL + TIMER_VECTOR, u32::from(TIMER));
     // What went by in the two reads is left out again.
     u64::from(first.saturating_sub(last)) * cycles / took.max(1)
+}
+
+/// Interrupts with the timer again and again, some ten times a second, for those who wait and are to look at the time.
+pub fn tick(clock: Clock) {
+    const PERIODIC: u32 = 1 << 17;
+    let tenth = measure_timer(clock.cycles(1_000_000)).saturating_mul(100);
+    phys::write32(LOCAL + TIMER_VECTOR, PERIODIC | u32::from(TIMER));
+    start_timer(u32::try_from(tenth).unwrap_or(u32::MAX));
 }
 
 /// Starts the timer, which interrupts once after `ticks`.

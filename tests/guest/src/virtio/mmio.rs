@@ -177,21 +177,26 @@ impl Device {
 
     /// Waits until `queue` has something to take: by polling, or by the interrupt.
     pub fn wait(&self, queue: &mut Queue) {
+        while !self.wait_once(queue) {}
+    }
+
+    /// As [`wait`](Self::wait), but any other interrupt, and when polling nothing at all, ends it as well. Whether `queue` has something
+    /// to take.
+    pub fn wait_once(&self, queue: &mut Queue) -> bool {
         let Some(vector) = self.vector else {
-            while !queue.has_used() {
-                cpu::relax();
-            }
-            return;
+            cpu::relax();
+            return queue.has_used();
         };
         let counter = interrupts::counter(vector);
-        loop {
-            let seen = counter.load(Ordering::Acquire);
-            if queue.has_used_or_tells() {
-                return;
-            }
-            interrupts::wait(vector, seen);
+        let seen = counter.load(Ordering::Acquire);
+        if queue.has_used_or_tells() {
+            return true;
+        }
+        cpu::wait(counter, seen);
+        if counter.load(Ordering::Acquire) != seen {
             self.write(register::INTERRUPT_ACK, self.read(register::INTERRUPT_STATUS));
         }
+        queue.has_used()
     }
 
     /// Asks for an interrupt at the next that `queue` has to take, lets `begin` start it, and waits for the interrupt

@@ -7,7 +7,8 @@ use super::mmio::{self, Device};
 use super::queue::{Buffer, Queue};
 use super::{feature, kind};
 use crate::args::Args;
-use crate::{Error, heap, phys};
+use crate::clock::Clock;
+use crate::{Error, apic, heap, phys};
 
 /// Feature bit: the configuration tells the card's address.
 const MAC: u64 = 1 << 5;
@@ -57,7 +58,7 @@ impl Card {
     /// # Errors
     ///
     /// There is no such card, it refuses, or memory is short.
-    pub fn open(args: &Args) -> Result<Self, Error> {
+    pub fn open(args: &Args, clock: Clock) -> Result<Self, Error> {
         let mut device = mmio::find(args, kind::NET, args.number("net", 0)?)?;
         device.negotiate(feature::EVENT_INDEX | MAC)?;
         let mac = match device.has(MAC) {
@@ -67,6 +68,7 @@ impl Card {
         let (receive, send) = (device.queue(0)?, device.queue(1)?);
         if args.choice("wait", &["poll", "irq"])? == "irq" {
             device.use_interrupt()?;
+            apic::tick(clock);
         }
         device.start();
         let rooms = |queue: &Queue| heap::zeroed(u64::from(queue.size()) * ROOM);
@@ -174,13 +176,8 @@ impl Card {
         self.free.len() == usize::from(self.send.size())
     }
 
-    /// Waits for a frame to come in.
-    pub fn wait(&mut self) {
-        self.device.wait(&mut self.receive);
-    }
-
-    /// Whether a frame has come in.
-    pub fn has_received(&self) -> bool {
-        self.receive.has_used()
+    /// Waits for a frame to come in, or, by interrupt, for a tenth of a second; polling it does not wait. Whether a frame has come in.
+    pub fn wait(&mut self) -> bool {
+        self.device.wait_once(&mut self.receive)
     }
 }

@@ -16,7 +16,7 @@ fn open(machine: &Machine) -> Result<(Card, u64), Error> {
     if !(FRAME_MIN..=FRAME_MAX).contains(&size) {
         return Err(format!("size={size}: {FRAME_MIN} to {FRAME_MAX} are wanted"));
     }
-    Ok((Card::open(&machine.args)?, size))
+    Ok((Card::open(&machine.args, machine.clock)?, size))
 }
 
 /// `test=net-tx`
@@ -43,6 +43,7 @@ pub fn send(machine: &Machine) -> Result<(), Error> {
         for _ in 0..due {
             let Some(mut place) = card.place(size) else {
                 full += 1;
+                cpu::relax();
                 break;
             };
             ether::build(place.frame(), own, peer, sent);
@@ -77,13 +78,10 @@ pub fn receive(machine: &Machine) -> Result<(), Error> {
     let (mut reordered, mut expected) = (0_u64, None);
     let (mut first, mut last) = (0, 0);
     let mut watch = Stopwatch::start(machine, if count == u64::MAX { 5 } else { 0 })?;
-    let polls = machine.args.choice("wait", &["poll", "irq"])? == "poll";
     while watch.goes_on(frames) && frames < count {
-        if polls && !card.has_received() {
-            cpu::relax();
+        if !card.wait() {
             continue;
         }
-        card.wait();
         for _ in 0..BATCH {
             let Some(mut place) = card.receive()? else { break };
             match ether::sequence(place.frame()) {
@@ -139,7 +137,7 @@ pub fn ping(machine: &Machine) -> Result<(), Error> {
         let mut answered = false;
         while !answered && cpu::tsc() - start < patience {
             let Some(mut place) = card.receive()? else {
-                cpu::relax();
+                card.wait();
                 continue;
             };
             let to_us = place.frame().get(..6) == Some(&own);

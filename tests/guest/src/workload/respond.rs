@@ -90,19 +90,16 @@ fn ip(machine: &Machine) -> Result<Option<[u8; 4]>, Error> {
 /// `test=net-echo`
 pub fn run(machine: &Machine) -> Result<(), Error> {
     let count = machine.args.number("count", u64::MAX)?;
-    let polls = machine.args.choice("wait", &["poll", "irq"])? == "poll";
     let ip = ip(machine)?;
-    let mut card = Card::open(&machine.args)?;
+    let mut card = Card::open(&machine.args, machine.clock)?;
     let own = card.mac();
     Line::new("ready").text("mac", &ether::text(own)).send();
     let (mut answered, mut others, mut dropped) = (0, 0_u64, 0_u64);
     let mut watch = Stopwatch::start(machine, 0)?;
     while watch.goes_on(answered) && answered < count {
-        if polls && !card.has_received() {
-            cpu::relax();
+        if !card.wait() {
             continue;
         }
-        card.wait();
         while let Some(mut place) = card.receive()? {
             let frame = place.frame();
             if !answer(frame, own, ip) {
