@@ -211,7 +211,14 @@ impl Setup {
         self
     }
 
-    /// Replaces the section `[boot]`.
+    /// Adds a key that belongs to no section, such as `rng = false`.
+    #[must_use]
+    pub fn with_top(mut self, key: &str) -> Self {
+        self.boot = format!("{key}\n{}", self.boot);
+        self
+    }
+
+    /// Replaces the section `[boot]`, and what was put before it.
     #[must_use]
     pub fn with_boot(mut self, config: &str) -> Self {
         self.boot = format!("[boot]\n{config}\n");

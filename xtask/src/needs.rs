@@ -7,6 +7,9 @@ use std::process::Command;
 
 use crate::cargo;
 
+/// How the reason of a test that needs something begins.
+pub const PREFIX: &str = "needs ";
+
 type Check = fn() -> bool;
 
 /// Requirements by the name that tests use.
@@ -62,7 +65,7 @@ pub fn known() -> Vec<&'static str> {
 
 /// The requirements in `reason`, the text of an `#[ignore]`.
 pub fn parse(reason: &str) -> Vec<String> {
-    let list = reason.strip_prefix("needs ").unwrap_or(reason);
+    let list = reason.strip_prefix(PREFIX).unwrap_or(reason);
     list.replace(" and ", ", ").split(", ").map(|need| need.trim().to_owned()).collect()
 }
 

@@ -48,7 +48,7 @@ impl Histogram {
 
     /// Adds the distribution to `line`, each value by way of `unit`.
     pub fn report(&self, line: &mut Line, unit: impl Fn(u64) -> u64) {
-        line.number("count", self.count);
+        line.number("samples", self.count);
         if let Some(mean) = self.sum.checked_div(self.count) {
             line.number("min_ns", unit(self.min))
                 .number("mean_ns", unit(mean))

@@ -36,8 +36,8 @@ pub fn unpack(packed: &[u8]) -> Result<Vec<u8>, String> {
         ("gzip", read(flate2::bufread::GzDecoder::new(packed), size))
     } else if packed.starts_with(XZ) {
         ("xz", read(lzma_rust2::XzReader::new_mem_limit(body, false, XZ_MEMORY_KIB), size))
-    } else if packed.starts_with(LZ4_LEGACY) {
-        ("lz4", lz4_legacy(body, size))
+    } else if let Some(blocks) = body.strip_prefix(LZ4_LEGACY) {
+        ("lz4", lz4_legacy(blocks, size))
     } else if packed.starts_with(ZSTD) {
         let decoder = ruzstd::decoding::StreamingDecoder::new(body).map_err(io::Error::other);
         ("zstd", decoder.and_then(|decoder| read(decoder, size)))
@@ -63,8 +63,7 @@ fn read(from: impl Read, size: usize) -> io::Result<Vec<u8>> {
     Ok(unpacked)
 }
 
-fn lz4_legacy(body: &[u8], size: usize) -> io::Result<Vec<u8>> {
-    let mut rest = &body[LZ4_LEGACY.len()..];
+fn lz4_legacy(mut rest: &[u8], size: usize) -> io::Result<Vec<u8>> {
     let mut unpacked = Vec::new();
     while let Some((len, tail)) = rest.split_first_chunk::<4>() {
         let len = usize::try_from(u32::from_le_bytes(*len)).unwrap_or(usize::MAX);

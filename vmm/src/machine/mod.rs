@@ -91,6 +91,14 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
+/// `reason` as a problem with the value of `key`.
+fn refuse(loaded: &Loaded, key: &str, reason: &dyn std::fmt::Display) -> Error {
+    match loaded.refuse(vec![loaded.problem(key, reason.to_string())]) {
+        Err(error) => error.into(),
+        Ok(()) => host("the guest")(io::Error::other(reason.to_string())),
+    }
+}
+
 /// Runs the guest that `loaded` describes until its end, under its name in `root`.
 ///
 /// The calling thread becomes the guest's main thread; signals that ask to end are blocked in it from then on.
@@ -110,7 +118,10 @@ pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
     let listener = claim.listen()?;
     let ending = Arc::new(Ending::new().map_err(host("an event descriptor"))?);
     let console = console::Console::open(&config.serial).map_err(host("the serial console"))?;
-    let built = build::build(config, files, &ending, console)?;
+    let built = build::build(config, files, &ending, console).map_err(|error| match error {
+        Error::Cpuid(reason) => refuse(loaded, "cpu.model", &reason),
+        error => error,
+    })?;
     let (controller, mut machine) = control::start(config, built, &ending)?;
     let server = api::server::Server::start(listener, controller).map_err(host("the control socket"))?;
     main_loop::until_the_end(&ending, &signals, &mut machine).map_err(host("the main loop"))?;

@@ -141,7 +141,7 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
     let len = u32::try_from(size).unwrap_or_default();
     let count = args.number("count", u64::MAX)?;
     let mut made = 0;
-    let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
+    let mut watch = Stopwatch::start(machine, if count == u64::MAX { 5 } else { 0 })?;
     let outcome = drive(
         &mut disk,
         |_, done| {
@@ -254,7 +254,7 @@ pub fn info(machine: &Machine) -> Result<(), Error> {
     let id: alloc::vec::Vec<u8> = disk.data(0).iter().flat_map(|word| word.to_le_bytes()).collect();
     let id = id[..ID_LEN as usize].split(|byte| *byte == 0).next().unwrap_or_default();
     let mut line = Line::result("blk-info");
-    line.number("capacity", disk.sectors())
+    line.number("sectors", disk.sectors())
         .number("bytes", disk.sectors() * SECTOR)
         .number("block_size", disk.block_size())
         .flag("readonly", disk.device().has(features::READ_ONLY));

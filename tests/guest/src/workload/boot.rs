@@ -16,7 +16,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
     let boot = &machine.boot;
     let ram = boot.map.iter().filter(|range| range.kind == RAM);
     let mut line = Line::result("boot");
-    line.text("loader", boot.entry.name())
+    line.text("entry", boot.entry.name())
         .text("cmdline", &boot.cmdline)
         .number("ram", ram.map(|range| range.end - range.start).sum())
         .numbers("map_start", boot.map.iter().map(|range| range.start))
@@ -26,7 +26,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
         .number("tsc_khz", machine.clock.khz())
         .text("clock", machine.clock.source());
     if let Some((address, len)) = boot.initrd {
-        line.number("initrd", len).number("initrd_address", address);
+        line.number("initrd", address).number("initrd_len", len);
         line.number("initrd_fnv", fnv(phys::bytes(address, len)));
     }
     line.send();

@@ -7,7 +7,6 @@ use crate::{Error, Machine, acpi};
 pub fn run(_: &Machine) -> Result<(), Error> {
     let root = acpi::root().ok_or("there is no ACPI root pointer")?;
     let tables = acpi::tables(root);
-    let processors = acpi::processors();
     let bad = tables.iter().filter(|table| !table.sums_up());
     let mut line = Line::result("acpi");
     line.number("root", root)
@@ -16,8 +15,7 @@ pub fn run(_: &Machine) -> Result<(), Error> {
         .numbers("addresses", tables.iter().map(|table| table.address))
         .numbers("lengths", tables.iter().map(acpi::Table::len))
         .texts("bad_checksums", bad.map(acpi::Table::signature))
-        .number("cpus", processors.len() as u64)
-        .numbers("apic_ids", processors.into_iter().map(u64::from));
+        .numbers("cpus", acpi::processors().into_iter().map(u64::from));
     if let Some(port) = acpi::sleep_control() {
         line.number("sleep_control", port.into());
     }
