@@ -43,15 +43,15 @@ pub(super) fn examine(cpu: &Cpu) -> (Vec<Check>, Virtualization) {
         let advice = format!("a kernel whose KVM speaks version {API_VERSION} is needed");
         return unusable(Check::no("kvm", Severity::Required, format!("{DEVICE}, API {version}"), advice));
     }
-    let (virtualization, kind) = virtualization(&kvm, cpu);
-    let checks = vec![
+    let mut checks = vec![
         Check::yes("kvm", Severity::Required, format!("{DEVICE}, API {version}")),
-        virtualization,
         features(|cap| kvm.check_extension(cap)),
         vcpus(kvm.get_nr_vcpus(), kvm.get_max_vcpus()),
         dirty_protect(extension(&kvm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)),
         dirty_ring(extension(&kvm, KVM_CAP_DIRTY_LOG_RING), extension(&kvm, KVM_CAP_DIRTY_LOG_RING_ACQ_REL)),
     ];
+    let (virtualization, kind) = virtualization(kvm, cpu);
+    checks.insert(1, virtualization);
     (checks, kind)
 }
 
@@ -136,7 +136,7 @@ fn group_name(groups: &str, gid: u32) -> Option<&str> {
     })
 }
 
-fn virtualization(kvm: &Kvm, cpu: &Cpu) -> (Check, Virtualization) {
+fn virtualization(kvm: Kvm, cpu: &Cpu) -> (Check, Virtualization) {
     const NAME: &str = "virtualization";
     let speed = match speed::measure(kvm) {
         Ok(speed) => speed,
