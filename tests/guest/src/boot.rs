@@ -118,17 +118,19 @@ pub struct BootInfo {
 impl BootInfo {
     /// Copies what the loader left.
     pub fn new(loader: Loader) -> Self {
-        let byte = |offset| phys::read::<u8>(loader.cmdline + offset);
-        let len = match loader.cmdline {
-            0 => 0,
-            _ => (0..CMDLINE_MAX).find(|offset| byte(*offset) == 0).unwrap_or(CMDLINE_MAX),
-        };
         Self {
             entry: loader.entry,
-            cmdline: String::from_utf8_lossy(phys::bytes(loader.cmdline.max(1), len)).into_owned(),
+            cmdline: if loader.cmdline == 0 { String::new() } else { read_text(loader.cmdline) },
             rsdp: (loader.rsdp != 0).then_some(loader.rsdp),
             initrd: (loader.initrd.1 != 0).then_some(loader.initrd),
             map: loader.ranges().collect(),
         }
     }
+}
+
+/// The text at `address` up to its terminator.
+fn read_text(address: u64) -> String {
+    let is_end = |offset: &u64| phys::read::<u8>(address + offset) == 0;
+    let len = (0..CMDLINE_MAX).find(is_end).unwrap_or(CMDLINE_MAX);
+    String::from_utf8_lossy(phys::bytes(address, len)).into_owned()
 }

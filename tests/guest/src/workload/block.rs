@@ -141,7 +141,7 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
     let len = u32::try_from(size).unwrap_or_default();
     let count = args.number("count", u64::MAX)?;
     let mut made = 0;
-    let mut watch = Stopwatch::start(machine, if count == u64::MAX { 5 } else { 0 })?;
+    let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
     let outcome = drive(
         &mut disk,
         |_, done| {

@@ -55,7 +55,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
         Default::default()
     };
     processors::start(&others, machine.clock, count)?;
-    let mut watch = Stopwatch::start(machine, 5)?;
+    let mut watch = Stopwatch::start(machine, Some(5))?;
     let loops: alloc::vec::Vec<u64> = count_until(&mut watch, others.len()).collect();
     let sum = loops.iter().sum();
     let mut line = Line::result("cpu");

@@ -36,7 +36,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
     Line::new("ready").number("touch_ns", clock.ns(touched - begun)).send();
     // Page `writes % area` is written next.
     let mut writes = 0;
-    let mut watch = Stopwatch::start(machine, 5)?;
+    let mut watch = Stopwatch::start(machine, Some(5))?;
     while watch.goes_on(writes) {
         // The rate is that of whole pages, of what dirty tracking sees; MB/s are bytes per 1000 ns.
         if rate > 0 && writes * PAGE >= clock.ns(watch.elapsed()).saturating_mul(rate) / 1000 {

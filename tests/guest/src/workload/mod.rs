@@ -2,7 +2,7 @@
 //!
 //! Sizes and counts may end in K, M or G (powers of 1024). When a workload is done, the machine is switched off, or
 //! `then=` says what else: `reset`, `idle`. Workloads that end by themselves send one `result`; times in it are in
-//! nanoseconds (`_ns`) by the time stamp counter. Those that wait for somebody else send `ready` first.
+//! nanoseconds (`_ns`) by the time stamp counter. What lasts `seconds=` may last `forever` as well. Those that wait for somebody else send `ready` first.
 //!
 //! | `test=` | what happens | keys |
 //! | --- | --- | --- |
@@ -115,13 +115,17 @@ struct Stopwatch {
 }
 
 impl Stopwatch {
-    /// Runs for `seconds=` (`default` of them; 0 is for ever), with `progress` events as `every=` says.
-    fn start(machine: &Machine, default: u64) -> Result<Self, Error> {
+    /// Runs for `seconds=`, by default `default` of them or for ever, with `progress` events as `every=` says.
+    fn start(machine: &Machine, default: Option<u64>) -> Result<Self, Error> {
         let clock = machine.clock;
-        let seconds = machine.args.number("seconds", default)?;
+        let seconds = match machine.args.text("seconds", "") {
+            "" => default,
+            "forever" => None,
+            _ => Some(machine.args.number("seconds", 0)?),
+        };
         let every = clock.cycles(machine.args.number("every", 0)?.saturating_mul(1_000_000));
         let start = cpu::tsc();
-        let end = if seconds == 0 { u64::MAX } else { start.saturating_add(clock.seconds(seconds)) };
+        let end = seconds.map_or(u64::MAX, |seconds| start.saturating_add(clock.seconds(seconds)));
         Ok(Self { clock, start, last: start, end, gap: 0, every, progress: start.saturating_add(every) })
     }
 

@@ -29,7 +29,7 @@ pub fn send(machine: &Machine) -> Result<(), Error> {
     Line::new("ready").text("mac", &ether::text(own)).send();
     let mut sent = 0;
     let mut full = 0_u64;
-    let mut watch = Stopwatch::start(machine, if count == u64::MAX { 5 } else { 0 })?;
+    let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
     while watch.goes_on(sent) && sent < count {
         let mut due = (count - sent).min(BATCH);
         if rate > 0 {
@@ -77,7 +77,7 @@ pub fn receive(machine: &Machine) -> Result<(), Error> {
     // Frames that overtook others, and the gaps between those that did not.
     let (mut reordered, mut expected) = (0_u64, None);
     let (mut first, mut last) = (0, 0);
-    let mut watch = Stopwatch::start(machine, if count == u64::MAX { 5 } else { 0 })?;
+    let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
     while watch.goes_on(frames) && frames < count {
         if !card.wait() {
             continue;

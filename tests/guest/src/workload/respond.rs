@@ -95,7 +95,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
     let own = card.mac();
     Line::new("ready").text("mac", &ether::text(own)).send();
     let (mut answered, mut others, mut dropped) = (0, 0_u64, 0_u64);
-    let mut watch = Stopwatch::start(machine, 0)?;
+    let mut watch = Stopwatch::start(machine, None)?;
     while watch.goes_on(answered) && answered < count {
         if !card.wait() {
             continue;

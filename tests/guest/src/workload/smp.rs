@@ -10,7 +10,7 @@ use crate::{Error, Machine, acpi, apic, processors};
 pub fn run(machine: &Machine) -> Result<(), Error> {
     let others = processors::others(&machine.args)?;
     processors::start(&others, machine.clock, compute::count)?;
-    let mut watch = Stopwatch::start(machine, 1)?;
+    let mut watch = Stopwatch::start(machine, Some(1))?;
     let loops: Vec<u64> = compute::count_until(&mut watch, others.len()).collect();
     let mut line = Line::result("smp");
     line.number("cpus", loops.len() as u64)
