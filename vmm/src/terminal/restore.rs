@@ -134,10 +134,12 @@ impl Terminal {
         CURRENT.store(ptr::null_mut(), Ordering::SeqCst);
     }
 
-    /// What is done about signals is again what was done before.
+    /// What is done about signals is again what was done before, unless somebody else has taken them over since.
     fn leave_signals(&self) {
-        for (signal, _, before) in self.before.iter().flatten() {
-            set_action(*signal, before);
+        for (signal, handler, before) in self.before.iter().flatten() {
+            if action(*signal).is_some_and(|now| now.sa_sigaction == *handler as usize) {
+                set_action(*signal, before);
+            }
         }
     }
 
@@ -278,17 +280,23 @@ fn handlers() -> [Option<(libc::c_int, Handler, libc::sigaction)>; HANDLED] {
     let requests = REQUESTS.into_iter().map(|signal| (signal, on_fatal as Handler));
     let jobs = [(libc::SIGTSTP, on_stop as Handler), (libc::SIGCONT, on_continue as Handler)];
     for (slot, (signal, handler)) in handlers.iter_mut().zip(faults.chain(requests).chain(jobs)) {
-        // SAFETY: an all-zero sigaction is a valid value to be overwritten.
-        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
-        // SAFETY: a null new action only asks for the present one.
-        let asked = unsafe { libc::sigaction(signal, ptr::null(), &raw mut before) };
-        let free = before.sa_sigaction == libc::SIG_DFL
-            || (before.sa_sigaction != libc::SIG_IGN && FAULTS.contains(&signal));
-        if asked == 0 && free {
-            *slot = Some((signal, handler, before));
-        }
+        *slot = action(signal)
+            .filter(|before| {
+                before.sa_sigaction == libc::SIG_DFL
+                    || (before.sa_sigaction != libc::SIG_IGN && FAULTS.contains(&signal))
+            })
+            .map(|before| (signal, handler, before));
     }
     handlers
+}
+
+/// What is done about `signal` now.
+pub(super) fn action(signal: libc::c_int) -> Option<libc::sigaction> {
+    // SAFETY: an all-zero sigaction is a valid value to be overwritten.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a null new action only asks for the present one.
+    let asked = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    (asked == 0).then_some(action)
 }
 
 fn set_handler(signal: libc::c_int, handler: Handler) {

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::RawMode;
-use super::restore::{set, settings};
+use super::restore::{action, set, settings};
 
 const PART: &str = "VMM_TERMINAL_TEST_PART";
 const ENTERED: &str = "raw mode entered";
@@ -202,6 +202,24 @@ fn second_terminal_at_a_time_is_refused_and_untouched() {
     assert_eq!(RawMode::enter(&other.slave).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
     assert_eq!(other.settings(), before);
     assert!(one.settings().is_raw());
+}
+
+#[test]
+fn signals_are_handled_as_before_afterwards_unless_somebody_took_them_over() {
+    let _alone = alone();
+    // No other test has to do with these two.
+    let handler = |signal| action(signal).unwrap().sa_sigaction;
+    let before = [libc::SIGPWR, libc::SIGSTKFLT].map(handler);
+    let tty = Tty::new();
+    let raw = RawMode::enter(&tty.slave).unwrap().unwrap();
+    assert!(handler(libc::SIGPWR) != before[0] && handler(libc::SIGSTKFLT) != before[1]);
+    // SAFETY: ignoring a signal runs no code.
+    unsafe { libc::signal(libc::SIGSTKFLT, libc::SIG_IGN) };
+    drop(raw);
+    assert_eq!(handler(libc::SIGPWR), before[0]);
+    assert_eq!(handler(libc::SIGSTKFLT), libc::SIG_IGN);
+    // SAFETY: the default runs no code either.
+    unsafe { libc::signal(libc::SIGSTKFLT, libc::SIG_DFL) };
 }
 
 #[test]
