@@ -5,9 +5,11 @@
 //! * [`systems`]: how each monitor is found and told to run a guest;
 //! * [`process`]: a monitor while it runs: its output against the clock, its end;
 //! * [`smaps`]: what it takes of the host's memory;
+//! * [`quiet`]: waiting for an idle host before a run;
 //! * [`stats`] and [`report`]: from samples to a table or JSON lines.
 
 pub mod process;
+pub mod quiet;
 pub mod report;
 pub mod smaps;
 pub mod start;

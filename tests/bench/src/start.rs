@@ -6,8 +6,10 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::process::{self, Running};
+use crate::quiet;
 use crate::report::{self, Line};
 use crate::stats::Samples;
 use crate::systems::{self, Candidate, Guest, System};
@@ -27,6 +29,9 @@ pub struct Options {
     /// Print one JSON object a line, and nothing else, on standard output
     #[arg(long)]
     pub json: bool,
+    /// Longest wait before each run for a host that does nothing else
+    #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub wait_idle: u64,
     /// Run this ELF instead of the test guest: with a PVH note, its first line on COM1 a JSON object
     #[arg(long, value_name = "ELF")]
     pub guest: Option<PathBuf>,
@@ -93,14 +98,21 @@ pub fn run(options: &Options) -> Result<(), Error> {
         .into_iter()
         .map(|Candidate { name, system }| Contender { name, system, first_byte: vec![], pss: vec![] })
         .collect();
-    let failure = measure(&mut contenders, &guest, options.runs)?;
+    let patience = Duration::from_secs(options.wait_idle);
+    let measured = measure(&mut contenders, &guest, options.runs, patience)?;
     let lines = lines(&contenders);
     if options.json {
         print!("{}", report::json_lines(NAME, &lines));
     } else {
         print!("{}", report::table(NAME, &lines));
+        if measured.busy > 0 {
+            println!(
+                "{} of {} runs began while the host was busy with something else",
+                measured.busy, measured.runs
+            );
+        }
     }
-    failure.map_or(Ok(()), Err)
+    measured.failure.map_or(Ok(()), Err)
 }
 
 fn refuse_debug_builds(candidates: &[Candidate]) -> Result<(), Error> {
@@ -132,9 +144,25 @@ fn print_conditions(options: &Options, candidates: &[Candidate]) {
     println!();
 }
 
-/// Runs all in turns. A peer that fails is left out from then on; the first failure of one of ours is returned.
-fn measure(contenders: &mut [Contender], guest: &Guest<'_>, runs: u32) -> Result<Option<Error>, Error> {
-    let mut failure = None;
+/// What is known of a measurement beside its samples.
+#[derive(Debug, Default)]
+struct Measured {
+    /// Runs that counted.
+    runs: u32,
+    /// Those of them that began while the host was busy.
+    busy: u32,
+    /// The first failure of one of ours.
+    failure: Option<Error>,
+}
+
+/// Runs all in turns. A peer that fails is left out from then on.
+fn measure(
+    contenders: &mut [Contender],
+    guest: &Guest<'_>,
+    runs: u32,
+    patience: Duration,
+) -> Result<Measured, Error> {
+    let mut measured = Measured::default();
     for round in 0..=runs {
         progress(round, runs);
         let count = contenders.len();
@@ -143,16 +171,20 @@ fn measure(contenders: &mut [Contender], guest: &Guest<'_>, runs: u32) -> Result
             let contender = &mut contenders[if round % 2 == 0 { turn } else { count - 1 - turn }];
             let Ok(system) = &contender.system else { continue };
             let dir = tempfile::tempdir().map_err(Error::Dir)?;
+            let busy = round > 0 && !quiet::wait(patience);
             match one_run(system.as_ref(), guest, dir.path()) {
                 Ok((first_byte, pss)) if round > 0 => {
                     contender.first_byte.push(first_byte);
                     contender.pss.push(pss);
+                    measured.runs += 1;
+                    measured.busy += u32::from(busy);
                 }
                 Ok(_) => {}
                 Err(error) => {
                     let why = format!("failed: {error}");
                     if is_ours(contender.name) {
-                        failure = failure
+                        measured.failure = measured
+                            .failure
                             .or(Some(Error::Failed { system: contender.name, why: error.to_string() }));
                     }
                     contender.system = Err(why);
@@ -160,7 +192,7 @@ fn measure(contenders: &mut [Contender], guest: &Guest<'_>, runs: u32) -> Result
             }
         }
     }
-    Ok(failure)
+    Ok(measured)
 }
 
 fn is_ours(name: &str) -> bool {
@@ -240,9 +272,9 @@ mod tests {
         let failing =
             || -> Result<Box<dyn System>, String> { Ok(Box::new(Script("echo broken >&2; exit 1"))) };
         let mut peers = [contender("qemu", failing()), contender("firecracker", Err("not found".to_owned()))];
-        assert!(measure(&mut peers, &guest(), 1).unwrap().is_none());
+        assert!(measure(&mut peers, &guest(), 1, Duration::ZERO).unwrap().failure.is_none());
         let mut ours = [contender("vmm", failing())];
-        let failure = measure(&mut ours, &guest(), 1).unwrap().unwrap();
+        let failure = measure(&mut ours, &guest(), 1, Duration::ZERO).unwrap().failure.unwrap();
         assert!(failure.to_string().contains("broken"), "{failure}");
 
         let lines = lines(&peers);

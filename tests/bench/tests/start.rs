@@ -16,7 +16,8 @@ fn bench(arguments: &[&str]) -> Command {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn every_system_has_a_line_for_each_case_and_json_is_all_there_is() {
-    let output = bench(&["start", "--runs", "2", "--json", "--allow-debug"]).output().unwrap();
+    let output =
+        bench(&["start", "--runs", "2", "--json", "--wait-idle", "0", "--allow-debug"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -54,7 +55,9 @@ fn wrong_number_of_runs_is_a_usage_error() {
 fn elf_without_pvh_note_fails_with_the_reason() {
     let program = env!("CARGO_BIN_EXE_floor");
     let output =
-        bench(&["start", "--runs", "1", "--json", "--allow-debug", "--guest", program]).output().unwrap();
+        bench(&["start", "--runs", "1", "--json", "--wait-idle", "0", "--allow-debug", "--guest", program])
+            .output()
+            .unwrap();
     assert_eq!(output.status.code(), Some(1));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("failed"), "{errors}");
