@@ -1,5 +1,6 @@
 //! What the loader says of the machine, by whichever entry it came: PVH start information (Xen,
-//! `xen/include/public/arch-x86/hvm/start_info.h`) or Linux's `boot_params` (Linux, `Documentation/arch/x86/zero-page.rst`).
+//! `xen/include/public/arch-x86/hvm/start_info.h`) or Linux's `boot_params` (Linux,
+//! `Documentation/arch/x86/zero-page.rst`).
 
 use alloc::string::String;
 use alloc::vec::Vec;

@@ -144,7 +144,8 @@ pub fn init(loader: Loader) {
     });
 }
 
-/// `len` bytes of RAM for a workload, aligned to 2 MiB where they are that long, as they were left by whoever used them before.
+/// `len` bytes of RAM for a workload, aligned to 2 MiB where they are that long, as they were left by
+/// whoever used them before.
 ///
 /// # Errors
 ///

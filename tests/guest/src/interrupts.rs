@@ -1,7 +1,7 @@
 //! The interrupt descriptor table, the TSS, and what happens at an interrupt or a fault.
 //!
-//! Handlers run in ring 0 and so are as short as can be: an interrupt counts itself and tells the local APIC; who waits for
-//! it watches the counter. A fault goes back to ring 3, which reports it. Every gate has a stack of its own
+//! Handlers run in ring 0 and so are as short as can be: an interrupt counts itself and tells the local APIC; who waits
+//! for it watches the counter. A fault goes back to ring 3, which reports it. Every gate has a stack of its own
 //! (SDM volume 3A, section 6.14.5).
 
 use core::arch::naked_asm;

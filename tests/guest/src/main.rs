@@ -3,8 +3,8 @@
 //! [`workload`]) and reports JSON lines on COM1: first `{"event":"hello",…}`, then `result`, `progress` or
 //! `error` events.
 //!
-//! A stub in ring 0 (`ring0.s`) sets up the processor and drops to ring 3, where all the rest runs with every port and all
-//! memory open to it: there is nothing to protect, and hosts that interpret ring 0 run ring 3 at full speed.
+//! A stub in ring 0 (`ring0.s`) sets up the processor and drops to ring 3, where all the rest runs with every port
+//! and all memory open to it: there is nothing to protect, and hosts that interpret ring 0 run ring 3 at full speed.
 
 #![no_std]
 #![no_main]

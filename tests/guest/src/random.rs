@@ -1,4 +1,5 @@
-//! Numbers that look random and can be made again (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+//! Numbers that look random and can be made again (Steele, Lea and Flood, "Fast splittable pseudorandom
+//! number generators", OOPSLA 2014).
 
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 

@@ -180,8 +180,8 @@ impl Device {
         while !self.wait_once(queue) {}
     }
 
-    /// As [`wait`](Self::wait), but any other interrupt, and when polling nothing at all, ends it as well. Whether `queue` has something
-    /// to take.
+    /// As [`wait`](Self::wait), but any other interrupt ends it as well, and when polling nothing is
+    /// waited for. Whether `queue` has something to take.
     pub fn wait_once(&self, queue: &mut Queue) -> bool {
         let Some(vector) = self.vector else {
             cpu::relax();

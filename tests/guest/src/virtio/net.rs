@@ -176,7 +176,8 @@ impl Card {
         self.free.len() == usize::from(self.send.size())
     }
 
-    /// Waits for a frame to come in, or, by interrupt, for a tenth of a second; polling it does not wait. Whether a frame has come in.
+    /// Waits by interrupt for a frame to come in, a tenth of a second at most; when polling, does not wait. Whether
+    /// a frame has come in.
     pub fn wait(&mut self) -> bool {
         self.device.wait_once(&mut self.receive)
     }

@@ -2,7 +2,8 @@
 //!
 //! Sizes and counts may end in K, M or G (powers of 1024). When a workload is done, the machine is switched off, or
 //! `then=` says what else: `reset`, `idle`. Workloads that end by themselves send one `result`; times in it are in
-//! nanoseconds (`_ns`) by the time stamp counter. What lasts `seconds=` may last `forever` as well. Those that wait for somebody else send `ready` first.
+//! nanoseconds (`_ns`) by the time stamp counter. What lasts `seconds=` may last `forever` as well. Those that wait
+//! for somebody else send `ready` first.
 //!
 //! | `test=` | what happens | keys |
 //! | --- | --- | --- |

@@ -5,8 +5,8 @@ use core::sync::atomic::Ordering;
 use crate::json::Line;
 use crate::{Error, Machine, apic, cpu, interrupts};
 
-/// Interrupt of the generic event device, and the port where it tells what happened. Both are in the bytecode of the DSDT, which this
-/// program does not read.
+/// Interrupt of the generic event device, and the port where it tells what happened. Both are in the bytecode of
+/// the DSDT, which this program does not read.
 const GSI: u32 = 9;
 const EVENTS: u16 = 0x604;
 const BUTTON: u8 = 1;
