@@ -27,6 +27,8 @@ use crate::{acpi, boot, interrupt, memory};
 /// Three pages that KVM uses on Intel processors, in the hole below 4 GiB and away from everything else
 /// (`Documentation/virt/kvm/api.rst`, `KVM_SET_TSS_ADDR`).
 const TSS: usize = 0xfffb_d000;
+/// A page of the same kind, before them (`KVM_SET_IDENTITY_MAP_ADDR`).
+const IDENTITY_MAP: u64 = 0xfffb_c000;
 
 /// A machine that stands still.
 #[derive(Debug)]
@@ -62,10 +64,13 @@ pub fn build(
 ) -> Result<Built, Error> {
     let kvm = Kvm::new().map_err(Error::Kvm)?;
     let vm = kvm.create_vm().map_err(refused("create a virtual machine"))?;
-    vm.set_tss_address(TSS).map_err(refused("place its task state segment"))?;
-    interrupt::create_controllers(&vm)?;
+    // Memory before the interrupt controllers: what KVM makes for those leaves a grace period behind that a change of
+    // memory would have to wait for, which takes milliseconds.
     let ram = Arc::new(memory::create(config.memory.size, &config.memory.backing)?);
     give_memory(&vm, &ram)?;
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(refused("place its identity map"))?;
+    vm.set_tss_address(TSS).map_err(refused("place its task state segment"))?;
+    interrupt::create_controllers(&vm)?;
     let vcpus = (0..config.cpu.count).map(|id| Vcpu::create(&vm, id)).collect::<Result<Vec<_>, _>>()?;
     set_up(&kvm, config, &vcpus)?;
 
