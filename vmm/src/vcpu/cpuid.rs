@@ -3,6 +3,8 @@
 //!
 //! Leaves and bits: Intel SDM volume 2A, `CPUID`; AMD APM volume 3, appendix E; `Documentation/virt/kvm/x86/cpuid.rst`.
 
+use std::arch::x86_64::{__cpuid, CpuidResult};
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::config::model::CpuModel;
@@ -204,7 +206,24 @@ fn topology_leaves(table: CpuId, cores: u32, tsc_khz: Option<u32>) -> Result<Cpu
             });
         }
     }
+    name_leaves(&mut entries);
     CpuId::from_entries(&entries).map_err(|_| Error::Full)
+}
+
+/// The processor's name (SDM: leaves 80000002H to 80000004H), which some KVMs leave out, taken from the host.
+fn name_leaves(entries: &mut Vec<kvm_cpuid_entry2>) {
+    const NAME: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
+    let highest = entries.iter().find(|e| e.function == 0x8000_0000).map_or(0, |e| e.eax);
+    let is_name = |e: &kvm_cpuid_entry2| NAME.contains(&e.function);
+    let is_there = |e: &kvm_cpuid_entry2| is_name(e) && (e.eax | e.ebx | e.ecx | e.edx) != 0;
+    if highest < *NAME.end() || entries.iter().any(is_there) {
+        return;
+    }
+    entries.retain(|entry| !is_name(entry));
+    entries.extend(NAME.map(|function| {
+        let CpuidResult { eax, ebx, ecx, edx } = __cpuid(function);
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+    }));
 }
 
 fn register(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
@@ -355,5 +374,20 @@ mod tests {
         let table = common(everything(), CpuModel::Host, 1, Some(2_445_000)).unwrap();
         assert_eq!(find(&table, 0x4000_0000, 0).eax, 0x4000_0010);
         assert_eq!(find(&table, 0x4000_0010, 0).eax, 2_445_000);
+    }
+
+    #[test]
+    fn name_that_kvm_leaves_out_is_the_hosts_and_one_that_it_gives_stays() {
+        let with = |name: [u32; 4]| {
+            let mut entries = vec![entry(0x8000_0000, 0, [0x8000_0008, 0, 0, 0])];
+            entries.extend((2..=4).map(|leaf| entry(0x8000_0000 + leaf, 0, name)));
+            name_leaves(&mut entries);
+            assert_eq!(entries.len(), 4);
+            entries
+        };
+        let given = with([1, 2, 3, 4]);
+        assert!(given[1..].iter().all(|e| (e.eax, e.edx) == (1, 4)));
+        let host = __cpuid(0x8000_0002);
+        assert_eq!((with([0; 4])[1].eax, with([0; 4])[1].edx), (host.eax, host.edx));
     }
 }
