@@ -223,3 +223,40 @@ fn kernel_without_a_note_is_entered_the_linux_way() {
     assert_eq!(result["entry"], "linux64", "{result}");
     assert_eq!(result["initrd_len"], 100_000, "{result}");
 }
+
+/// Huge pages reserved on the host for as long as it lives.
+struct Reserved(String);
+
+impl Reserved {
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn pages(count: u32) -> Self {
+        let before = fs::read_to_string(Self::COUNT).unwrap();
+        fs::write(Self::COUNT, count.to_string()).unwrap();
+        let got = fs::read_to_string(Self::COUNT).unwrap();
+        assert_eq!(got.trim(), count.to_string(), "the host has not got the memory for this test");
+        Self(before)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // A host that keeps a few pages reserved is no worse.
+        fs::write(Self::COUNT, &self.0).unwrap_or_default();
+    }
+}
+
+#[test]
+#[ignore = "needs root and /dev/kvm"]
+fn reserved_huge_pages_are_used_and_a_lack_of_them_is_told() {
+    let config = "[memory]\nsize = \"64M\"\nbacking = \"hugetlbfs\"\n";
+    let reserved = Reserved::pages(32);
+    let all = result("test=memory size=48M seconds=1", config);
+    assert_eq!(all["size"], 48 << 20, "{all}");
+    drop(reserved);
+    let _reserved = Reserved::pages(8);
+    let mut guest = setup("test=poweroff").with(config).start().unwrap();
+    ends(&mut guest, 1);
+    assert!(guest.log().contains("HugePages_Free"), "{}", guest.log());
+    assert!(fs::read_dir(guest.run_dir()).unwrap().next().is_none(), "something is left of the guest");
+}
