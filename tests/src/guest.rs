@@ -167,6 +167,7 @@ pub struct Setup {
     boot: String,
     config: String,
     arguments: Vec<String>,
+    monitor: Option<PathBuf>,
     deadline: Duration,
 }
 
@@ -199,7 +200,15 @@ impl Setup {
             quoted(&kernel.to_string_lossy()),
             quoted(cmdline)
         );
-        Ok(Self { dir, name, boot, config: String::new(), arguments: Vec::new(), deadline: DEADLINE })
+        Ok(Self {
+            dir,
+            name,
+            boot,
+            config: String::new(),
+            arguments: Vec::new(),
+            monitor: None,
+            deadline: DEADLINE,
+        })
     }
 
     /// Appends sections to the guest's `vm.toml`, which has `name` and `[boot]` already. Paths in it are relative
@@ -222,6 +231,13 @@ impl Setup {
     #[must_use]
     pub fn with_boot(mut self, config: &str) -> Self {
         self.boot = format!("[boot]\n{config}\n");
+        self
+    }
+
+    /// Runs the guest with the monitor at `path` instead of the one that [`vmm_binary`] finds.
+    #[must_use]
+    pub fn monitor(mut self, path: &Path) -> Self {
+        self.monitor = Some(path.to_owned());
         self
     }
 
@@ -260,7 +276,10 @@ impl Setup {
         let file = self.dir().join(format!("{}.toml", self.name));
         let text = format!("name = {}\n{}\n{}", quoted(&self.name), self.boot, self.config);
         fs::write(&file, text).map_err(io_error(format!("write {}", file.display())))?;
-        let mut command = vmm(&self.dir)?;
+        let mut command = match &self.monitor {
+            Some(monitor) => within_run_dir(monitor, &self.dir),
+            None => vmm(&self.dir)?,
+        };
         command.arg("--config").arg(file).args(&self.arguments);
         Guest::spawn(command, self.name, self.dir, self.deadline)
     }
@@ -268,9 +287,13 @@ impl Setup {
 
 /// The monitor's command with its run directory in `dir`.
 fn vmm(dir: &TempDir) -> Result<Command, Error> {
-    let mut command = Command::new(vmm_binary()?);
+    Ok(within_run_dir(&vmm_binary()?, dir))
+}
+
+fn within_run_dir(monitor: &Path, dir: &TempDir) -> Command {
+    let mut command = Command::new(monitor);
     command.env("VMM_RUN_DIR", dir.path().join("run"));
-    Ok(command)
+    command
 }
 
 /// `text` as a string of TOML.

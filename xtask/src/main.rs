@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod demo;
 mod needs;
 mod results;
 mod test;
@@ -19,6 +20,8 @@ struct Line {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Boot stock Linux in the monitor, here or in an emulated host
+    Demo(demo::Options),
     /// Run all tests: unit, property, local KVM and nested, installing what they need
     Test(test::Options),
     /// Measure vmm beside its peers
@@ -31,6 +34,20 @@ enum Error {
     /// A build, or a program that a task consists of.
     #[error(transparent)]
     Cargo(#[from] cargo::Error),
+    /// The guest in the emulated host, or the host itself.
+    #[error(transparent)]
+    Nested(#[from] vmm_nested::Error),
+    /// The test guest, or its monitor.
+    #[error(transparent)]
+    Guest(#[from] vmm_tests::guest::Error),
+    /// The test guest does not do what it should.
+    #[error("the test guest reports {result}, and its monitor ended with {status}")]
+    TestGuest {
+        /// The guest's own words.
+        result: String,
+        /// How the monitor ended.
+        status: std::process::ExitStatus,
+    },
     /// Tests failed; they are listed already.
     #[error("{0} tests failed")]
     Tests(usize),
@@ -46,6 +63,7 @@ enum Error {
 
 fn main() -> ExitCode {
     let outcome = match Line::parse().task {
+        Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
     };
