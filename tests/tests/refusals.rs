@@ -136,6 +136,14 @@ fn files_that_are_no_disk_are_refused_by_name() {
 }
 
 #[test]
+fn console_file_that_cannot_be_opened_is_refused_at_its_key() {
+    let place = Place::new();
+    fs::copy(guest::elf().unwrap(), place.path().join("kernel")).unwrap();
+    let config = "[boot]\nkernel = \"kernel\"\n[serial]\noutput = \"file:none/console\"\n";
+    place.refused(config, 2, &["vm.toml:4:10: serial.output = ", "No such file"]);
+}
+
+#[test]
 fn all_that_is_wrong_is_said_at_once() {
     let place = Place::new();
     let config = "[boot]\nkernel = \"none\"\ninitrd = \"none\"\n[[disk]]\npath = \"none\"\n";

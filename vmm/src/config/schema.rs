@@ -59,14 +59,11 @@ impl Loaded {
         reader::problem(&self.text, &self.places, key, message.into())
     }
 
-    /// The error that lists `problems`; `Ok` if there are none.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Problems`].
-    pub fn refuse(&self, mut problems: Vec<Problem>) -> Result<(), Error> {
+    /// The error that lists `problems`, of which there is at least one.
+    #[must_use]
+    pub fn error(&self, mut problems: Vec<Problem>) -> Error {
         problems.sort_by_key(|problem| problem.place);
-        if problems.is_empty() { Ok(()) } else { Err(Error::Problems { path: self.file.clone(), problems }) }
+        Error::Problems { path: self.file.clone(), problems }
     }
 }
 

@@ -204,10 +204,9 @@ fn problems_found_later_carry_the_place_of_their_value() {
     let file = dir.path().join("a.toml");
     std::fs::write(&file, "[boot]\nkernel = \"k\"\n").unwrap();
     let loaded = load(&file).unwrap();
-    loaded.refuse(Vec::new()).unwrap();
     let problems =
         vec![loaded.problem("memory.size", "too small"), loaded.problem("boot.kernel", "no kernel")];
-    let text = loaded.refuse(problems).unwrap_err().to_string();
+    let text = loaded.error(problems).to_string();
     let file = file.display();
     assert_eq!(
         text,

@@ -61,11 +61,7 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
     }
     match (kernel, initrd) {
         (Some(kernel), Some(initrd)) if problems.is_empty() => Ok(Files { kernel, initrd, disks, taps }),
-        _ => {
-            loaded.refuse(problems)?;
-            // Without a kernel or an initrd there is a problem.
-            unreachable!("files are missing and nothing is wrong")
-        }
+        _ => Err(loaded.error(problems)),
     }
 }
 

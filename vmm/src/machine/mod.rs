@@ -91,14 +91,6 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
-/// `reason` as a problem with the value of `key`.
-fn refuse(loaded: &Loaded, key: &str, reason: &dyn std::fmt::Display) -> Error {
-    match loaded.refuse(vec![loaded.problem(key, reason.to_string())]) {
-        Err(error) => error.into(),
-        Ok(()) => host("the guest")(io::Error::other(reason.to_string())),
-    }
-}
-
 /// Runs the guest that `loaded` describes until its end, under its name in `root`.
 ///
 /// The calling thread becomes the guest's main thread; signals that ask to end are blocked in it from then on.
@@ -117,9 +109,11 @@ pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
     let claim = root.claim(&config.name)?;
     let listener = claim.listen()?;
     let ending = Arc::new(Ending::new().map_err(host("an event descriptor"))?);
-    let console = console::Console::open(&config.serial).map_err(host("the serial console"))?;
+    let wrong = |key: &str, message: String| Error::Config(loaded.error(vec![loaded.problem(key, message)]));
+    let console = console::Console::open(&config.serial)
+        .map_err(|error| wrong("serial.output", format!("cannot be opened: {error}")))?;
     let built = build::build(config, files, &ending, console).map_err(|error| match error {
-        Error::Cpuid(reason) => refuse(loaded, "cpu.model", &reason),
+        Error::Cpuid(reason) => wrong("cpu.model", reason.to_string()),
         error => error,
     })?;
     let (controller, mut machine) = control::start(config, built, &ending)?;
