@@ -30,6 +30,9 @@ const TSS: usize = 0xfffb_d000;
 /// A page of the same kind, before them (`KVM_SET_IDENTITY_MAP_ADDR`).
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// How often an interrupted creation of a machine is tried again.
+const CREATE_TRIES: usize = 100;
+
 /// A machine that stands still.
 #[derive(Debug)]
 pub struct Built {
@@ -63,7 +66,7 @@ pub fn build(
     mut console: Console,
 ) -> Result<Built, Error> {
     let kvm = Kvm::new().map_err(Error::Kvm)?;
-    let vm = kvm.create_vm().map_err(refused("create a virtual machine"))?;
+    let vm = create_vm(&kvm).map_err(refused("create a virtual machine"))?;
     // Memory before the interrupt controllers: what KVM makes for those leaves a grace period behind that a change of
     // memory would have to wait for, which takes milliseconds.
     let ram = Arc::new(memory::create(config.memory.size, &config.memory.backing)?);
@@ -106,6 +109,18 @@ pub fn build(
     let gate = Gate::new(vcpus.len());
     let around = Arc::new(Surroundings { memory: ram, ports, mmio, gate });
     Ok(Built { vm, vcpus, around, devices: slots.into_transports(), power, serial, console, sizes })
+}
+
+/// KVM gives up with EINTR when anything is pending for the thread, which need not be a signal.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    let mut made = kvm.create_vm();
+    for _ in 0..CREATE_TRIES {
+        match made {
+            Err(error) if error.errno() == libc::EINTR => made = kvm.create_vm(),
+            _ => break,
+        }
+    }
+    made
 }
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
