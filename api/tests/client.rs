@@ -173,7 +173,7 @@ fn path_that_cannot_be_a_socket_is_refused_with_the_limit() {
 }
 
 #[test]
-#[ignore = "needs root and becomes another user"]
+#[ignore = "needs root"]
 fn socket_of_somebody_else_is_not_permitted() {
     let dir = tempfile::tempdir().unwrap();
     let path = socket(dir.path());

@@ -51,14 +51,6 @@ enum Error {
     /// Tests failed; they are listed already.
     #[error("{0} tests failed")]
     Tests(usize),
-    /// A requirement of a test that this program cannot check.
-    #[error("{test} needs {need:?}, which is none of the requirements known: {}", needs::known().join(", "))]
-    UnknownNeed {
-        /// The test.
-        test: String,
-        /// What it says it needs.
-        need: String,
-    },
 }
 
 fn main() -> ExitCode {

@@ -76,7 +76,11 @@ fn run_program(
             match needs::met(&need) {
                 Some(true) => {}
                 Some(false) => missing.push(need),
-                None => return Err(Error::UnknownNeed { test: name, need }),
+                None => {
+                    let known = needs::known().join(", ");
+                    let name = format!("{}: {name} needs {need:?}, which is none of {known}", program.title);
+                    tally.failed.push(name);
+                }
             }
         }
         if missing.is_empty() {

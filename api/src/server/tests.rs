@@ -514,7 +514,7 @@ fn only_root_and_the_owner_may_connect() {
 }
 
 #[test]
-#[ignore = "needs root and becomes another user"]
+#[ignore = "needs root"]
 fn other_user_is_turned_away_and_nothing_is_done_for_them() {
     let host = Host::new(NEVER);
     let address = host.address.clone();
