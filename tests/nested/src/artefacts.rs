@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -134,6 +135,9 @@ fn write(path: &Path, content: &[u8]) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::file("create a file in", dir))?;
     file.write_all(content).map_err(Error::file("write", path))?;
+    // Temporary files are made for their owner alone.
+    let readable = fs::Permissions::from_mode(0o644);
+    file.as_file().set_permissions(readable).map_err(Error::file("create", path))?;
     let _: File = file.persist(path).map_err(|error| error.error).map_err(Error::file("create", path))?;
     Ok(())
 }

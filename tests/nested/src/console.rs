@@ -147,6 +147,31 @@ impl Console {
         &self.errors
     }
 
+    /// What the command writes next, for somebody who passes it on; `None` where there is nothing within `wait`. What
+    /// is taken here is not in [`Console::output`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] where it did not start, [`Error::Gone`] where the emulated host ended.
+    pub fn next_output(&mut self, wait: Duration) -> Result<Option<Vec<u8>>> {
+        if self.status.is_some() {
+            return Ok(None);
+        }
+        match self.events.recv_timeout(wait) {
+            Ok(Event::Output(bytes) | Event::Errors(bytes)) => Ok(Some(bytes)),
+            Ok(Event::Exit(status)) => {
+                self.status = Some(status);
+                Ok(None)
+            }
+            Ok(Event::Refused(why)) => Err(Error::Refused(why)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                let what = format!("output of {}", self.name);
+                Err(Error::Gone { who: "the emulated host".to_owned(), what, tail: self.tail() })
+            }
+        }
+    }
+
     /// How the command ended, if it has.
     #[must_use]
     pub fn status(&self) -> Option<Status> {

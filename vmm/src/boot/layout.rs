@@ -30,6 +30,8 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 pub const EBDA: u64 = 0x9_fc00;
 /// Root pointer of the ACPI tables (in the range that systems search, ACPI 6.5 section 5.2.5.1).
 pub const RSDP: u64 = 0xe_0000;
+/// Where a PC's processor begins after a reset, as real mode reaches it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory goes on after the hole of the PC's first megabyte.
 pub const HIGH_START: u64 = 0x10_0000;
 
@@ -53,6 +55,15 @@ pub fn memory_map(ram: &[(u64, u64)]) -> Vec<(u64, u64, bool)> {
 /// Writes `object` to `address`.
 pub fn put<T: vm_memory::ByteValued>(memory: &GuestRam, address: u64, object: T) -> Result<(), Error> {
     memory.write_obj(object, GuestAddress(address)).map_err(|_| Error::Memory { address })
+}
+
+/// Writes the whole of the firmware: a guest that starts it wants a reset, and gets one through the keyboard controller
+/// (`mov al, 0xfe; out 0x64, al; hlt`). Linux reboots so where ACPI is hardware-reduced: it then expects the firmware to
+/// be UEFI, and without that enters the BIOS (`arch/x86/kernel/reboot.c`).
+pub fn write_firmware(memory: &GuestRam) -> Result<(), Error> {
+    let code = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+    let address = RESET_VECTOR;
+    memory.write_slice(&code, GuestAddress(address)).map_err(|_| Error::Memory { address })
 }
 
 /// Writes the command line with its terminator.

@@ -66,6 +66,7 @@ pub fn load(
     kernel.place(memory)?;
     let initrd = initrd.map(|initrd| initrd.place(memory, &ranges, kernel)).transpose()?;
     layout::write_cmdline(memory, kernel, cmdline)?;
+    layout::write_firmware(memory)?;
     match kernel.entry() {
         entry @ Entry::Pvh { .. } => {
             pvh::write_start_info(memory, &ranges, initrd, acpi)?;
