@@ -26,9 +26,13 @@ use crate::program::{describe, find};
 use crate::protocol::{BODY_MAX, Frame, Kind, Start, Status};
 use crate::{Error, Result};
 
-/// What QEMU emulates. There is no XSAVE in it: XSETBV of a guest reaches KVM only if SVM intercepts it, which QEMU 7.2
-/// does not emulate; KVM would go on with the XCR0 of reset, and the guest's processes lose their SSE registers.
-const PROCESSOR: &str = "EPYC,+svm,+npt,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma";
+/// What QEMU emulates, less what it emulates wrongly (seen with 7.2):
+///
+/// * nested paging: an exit for a nested page fault now and then saves the emulated host's instruction pointer and page
+///   table as the guest's, which then hangs or dies. KVM does without (shadow paging), and is no slower here.
+/// * XSAVE: a guest's XSETBV changes XCR0 although KVM intercepts it. KVM goes on with XCR0 as it is after a reset, and
+///   the guest's processes lose their SSE registers.
+const PROCESSOR: &str = "EPYC,+svm,-npt,-xsave,-xsaveopt,-xsavec,-xsaves,-xgetbv1,-avx,-avx2,-f16c,-fma";
 /// From power-on to the agent; some seconds on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 const FILE_DEADLINE: Duration = Duration::from_secs(120);

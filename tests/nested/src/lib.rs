@@ -4,7 +4,7 @@
 //!
 //! | | is | made of |
 //! | --- | --- | --- |
-//! | L0 | this machine | QEMU, which emulates processors with AMD SVM and nested paging ([`L1`]) |
+//! | L0 | this machine | QEMU, which emulates processors with AMD SVM ([`L1`]) |
 //! | L1 | the emulated host | Debian's kernel with KVM, busybox, the monitor, an agent |
 //! | L2 | the guest | Debian's kernel, untouched; busybox on an ext4 disk ([`Artefacts`]) |
 //!
