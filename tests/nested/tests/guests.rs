@@ -93,21 +93,32 @@ impl Host {
     }
 }
 
-/// Runs `test` in the emulated host. After one that fails the guest is made anew, and the host if it is gone.
-fn on_host(test: impl FnOnce(&mut Host)) {
+/// How often a scenario is tried, each time but the first in a new emulated host.
+///
+/// QEMU's emulation of SVM is not beyond doubt (see [`L1`]): now and then a guest or the emulated host stands still in it.
+/// What fails every time has failed.
+const TRIES: usize = 3;
+
+/// Runs `test` in the emulated host.
+fn on_host(test: impl Fn(&mut Host)) {
     static HOST: Mutex<Option<Host>> = Mutex::new(None);
     let mut shared = HOST.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut host = shared.take().unwrap_or_else(Host::boot);
-    let result = catch_unwind(AssertUnwindSafe(|| test(&mut host)));
-    if result.is_err() {
-        host.full = None;
-    }
-    if result.is_ok() || host.l1.run("true", COMMAND_DEADLINE).is_ok() {
-        *shared = Some(host);
-    }
-    drop(shared);
-    if let Err(panic) = result {
-        resume_unwind(panic);
+    for attempt in 1.. {
+        let mut host = shared.take().unwrap_or_else(Host::boot);
+        let result = catch_unwind(AssertUnwindSafe(|| test(&mut host)));
+        match result {
+            Ok(()) => {
+                *shared = Some(host);
+                return;
+            }
+            Err(_) if attempt < TRIES => {
+                eprintln!("attempt {attempt} of {TRIES} has failed; the next is in a new emulated host");
+            }
+            Err(panic) => {
+                drop(shared);
+                resume_unwind(panic);
+            }
+        }
     }
 }
 
@@ -343,5 +354,28 @@ fn second_monitor_of_a_name_is_refused_and_told_who_holds_it() {
         let stderr = String::from_utf8_lossy(&second.stderr).into_owned();
         assert!(stderr.contains(&pid) && stderr.contains("full"), "{stderr}");
         assert_eq!(ok(guest, "echo undisturbed"), "undisturbed");
+    });
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 and Debian's packages"]
+fn processor_model_is_what_the_guest_sees() {
+    on_host(|host| {
+        let config = SMALL.replace("KERNEL", "vmlinuz") + "[cpu]\nmodel = \"x86-64-v2\"\n";
+        let mut guest = Guest::start(&host.l1, &config).unwrap();
+        let flags = ok(&mut guest, "grep -m1 ^flags /proc/cpuinfo");
+        let has = |flag: &str| flags.split_whitespace().any(|found| found == flag);
+        assert!(["sse4_2", "popcnt", "cx16", "hypervisor"].into_iter().all(has), "{flags}");
+        assert!(!["avx", "avx2", "bmi1", "aes", "sha_ni"].into_iter().any(has), "{flags}");
+        host.check("vmm stop --now small");
+        assert_eq!(ended(guest.console()), Status::Code(0));
+
+        // What the emulated host has not got is refused, with what is missing.
+        let refused = SMALL.replace("KERNEL", "vmlinuz") + "[cpu]\nmodel = \"x86-64-v3\"\n";
+        host.l1.write_file("/tmp/v3.toml", refused.as_bytes()).unwrap();
+        let output = host.l1.run("vmm --config /tmp/v3.toml </dev/null", BOOT_DEADLINE).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status, Status::Code(2), "{said}");
+        assert!(said.contains("cpu.model = \"x86-64-v3\"") && said.contains("avx"), "{said}");
     });
 }
