@@ -51,9 +51,12 @@ pub fn install() {
         eprintln!("xtask: some tests need packages that are not installed: {}", missing.join(" "));
         return;
     }
-    let mut command = Command::new("apt-get");
-    command.args(["install", "--yes", "--no-install-recommends"]).args(&missing);
-    if let Err(error) = cargo::run(command.env("DEBIAN_FRONTEND", "noninteractive")) {
+    let apt = |args: &[&str]| {
+        cargo::run(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive"))
+    };
+    let install: Vec<_> =
+        ["install", "--yes", "--no-install-recommends"].into_iter().chain(missing).collect();
+    if let Err(error) = apt(&["update"]).and_then(|()| apt(&install)) {
         eprintln!("xtask: {error}");
     }
 }
