@@ -178,3 +178,14 @@ fn pseudo_terminal_is_named_and_carries_both_ways() {
     pty.write_all(b"end\n").unwrap();
     assert_eq!(guest.exit_status().unwrap().code(), Some(0), "{}", guest.transcript());
 }
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn keys_of_the_monitor_work_though_the_guest_takes_no_input() {
+    let (mut terminal, before) = Terminal::start("test=hello");
+    terminal.wait_for("hello");
+    terminal.type_in(&"x".repeat(300));
+    terminal.type_in("\u{1d}q");
+    assert_eq!(terminal.ends().code(), Some(0));
+    assert_eq!(settings(&terminal.slave), before);
+}

@@ -294,3 +294,49 @@ fn console_that_nobody_reads_stops_neither_pause_nor_end() {
     drop(ours);
     nothing_left(&dir.join("run"));
 }
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn monitor_whose_output_and_messages_nobody_reads_still_ends_by_signal() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let toml = dir.path().join("stuck.toml");
+    let kernel = vmm_tests::guest::elf().unwrap();
+    let cmdline = "test=cpu seconds=forever every=1";
+    fs::write(&toml, format!("[boot]\nkernel = {kernel:?}\ncmdline = {cmdline:?}\n")).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let output = || std::process::Stdio::from(std::os::fd::OwnedFd::from(theirs.try_clone().unwrap()));
+    let mut child = std::process::Command::new(vmm_tests::guest::vmm_binary().unwrap())
+        .env("VMM_RUN_DIR", dir.path().join("run"))
+        .args(["-v", "--config"])
+        .arg(&toml)
+        .stdin(std::process::Stdio::piped())
+        .stdout(output())
+        .stderr(output())
+        .spawn()
+        .unwrap();
+    let (mut before, mut now) = (-1, 0);
+    while now == 0 || now != before {
+        before = now;
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        // SAFETY: FIONREAD fills an integer.
+        assert_eq!(unsafe { libc::ioctl(ours.as_raw_fd(), libc::FIONREAD, &raw mut now) }, 0);
+    }
+    child.stdin.as_mut().unwrap().write_all(b"input\n").unwrap();
+    let pid = libc::pid_t::try_from(child.id()).unwrap();
+    // SAFETY: kill takes numbers; the process is our child and has not been waited for.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if std::time::Instant::now() > until {
+            child.kill().unwrap();
+            panic!("the monitor does not end");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    assert_eq!(status.code(), Some(0));
+    nothing_left(&dir.path().join("run"));
+    drop(ours);
+}

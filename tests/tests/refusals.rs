@@ -207,3 +207,31 @@ fn completions_are_scripts_for_the_shell() {
         assert!(String::from_utf8_lossy(&output.stdout).contains(wanted), "{shell}");
     }
 }
+
+#[test]
+fn console_pipe_without_a_reader_is_refused_instead_of_waited_for() {
+    let place = Place::new();
+    fs::copy(guest::elf().unwrap(), place.path().join("kernel")).unwrap();
+    assert!(Command::new("mkfifo").arg(place.path().join("pipe")).status().unwrap().success());
+    let config = "[boot]\nkernel = \"kernel\"\n[serial]\noutput = \"file:pipe\"\n";
+    place.refused(config, 2, &["vm.toml:4:10: serial.output = ", "cannot be opened"]);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn command_line_longer_than_the_kernel_takes_is_refused_at_its_key() {
+    let place = Place::new();
+    fs::copy(guest::elf().unwrap(), place.path().join("kernel")).unwrap();
+    let config = format!("[boot]\nkernel = \"kernel\"\ncmdline = \"{}\"\n", "x".repeat(3000));
+    place.refused(&config, 2, &["vm.toml:3:11: boot.cmdline = ", "3035 bytes", "takes 2047"]);
+}
+
+#[test]
+fn refusal_that_cannot_be_printed_keeps_its_exit_status() {
+    let place = Place::new();
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(guest::vmm_binary().unwrap());
+    let status =
+        command.args(["--config", "none.toml"]).current_dir(place.path()).stderr(full).status().unwrap();
+    assert_eq!(status.code(), Some(2));
+}

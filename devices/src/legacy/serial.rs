@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use vm_superio::Trigger;
 use vm_superio::serial::{Error, SerialEvents};
@@ -104,10 +104,17 @@ impl Serial {
         self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts `input` into the receive FIFO and says how many bytes it took; when it has not taken all,
-    /// [`room`](Self::room) is signalled once the guest has emptied it.
+    /// Puts `input` into the receive FIFO and says how many bytes it took. When it has not taken all,
+    /// [`room`](Self::room) is signalled once the guest has emptied it, and the rest should be offered again after a
+    /// while in any case: a port that a vCPU is writing to, or that is in loopback mode, takes nothing. The call never
+    /// waits, so that output which stands still does not hold up whoever has input.
     pub fn input(&self, input: &[u8]) -> usize {
-        match self.lock().enqueue_raw_bytes(input) {
+        let mut port = match self.port.try_lock() {
+            Ok(port) => port,
+            Err(TryLockError::Poisoned(port)) => port.into_inner(),
+            Err(TryLockError::WouldBlock) => return 0,
+        };
+        match port.enqueue_raw_bytes(input) {
             Ok(taken) => taken,
             Err(Error::FullFifo) => 0,
             Err(error) => {

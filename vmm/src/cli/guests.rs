@@ -23,6 +23,9 @@ enum Error {
     /// It does not power off.
     #[error("guest {name} has not powered off within {} s of its power button; `vmm stop {name} --now` ends it", limit.as_secs())]
     Deaf { name: String, limit: Duration },
+    /// It does not end though it was told to.
+    #[error("guest {name} has not ended within {} s; `vmm kill {name}` kills its monitor", limit.as_secs())]
+    Held { name: String, limit: Duration },
     /// Its process is still there.
     #[error("process {pid} of guest {name} does not end though it was killed; the kernel holds it")]
     Stuck { name: String, pid: u32 },
@@ -145,7 +148,7 @@ pub fn stop(name: &str, limit: Duration, now: bool) -> Result<(), Failure> {
     match (ended, now) {
         (true, _) => Ok(()),
         (false, false) => Err(Error::Deaf { name: name.to_owned(), limit }.into()),
-        (false, true) => Err(Error::Stuck { name: name.to_owned(), pid }.into()),
+        (false, true) => Err(Error::Held { name: name.to_owned(), limit }.into()),
     }
 }
 

@@ -40,23 +40,40 @@ pub fn start(verbosity: u8, file: Option<&Path>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Says something to whoever started the monitor. If nobody can be told, nothing is.
+pub fn say(text: &str) {
+    Stderr(io::stderr().is_terminal()).write_all(format!("{text}\n").as_bytes()).unwrap_or_default();
+}
+
+/// How long standard error may take to have room for a message, in milliseconds.
+const PATIENCE: libc::c_int = 100;
+
 /// Standard error. On a terminal, which is in raw mode while it is the guest's console, lines end with a carriage
-/// return as well.
+/// return as well. Where nobody reads it, messages are lost and nobody waits: a vCPU that has something to tell is not to
+/// stand still for it.
 struct Stderr(bool);
 
 impl Write for Stderr {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if !self.0 {
-            return io::stderr().write(data);
+        let mut room = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+        // SAFETY: room is one entry.
+        if unsafe { libc::poll(&raw mut room, 1, PATIENCE) } != 1 || room.revents & libc::POLLOUT == 0 {
+            return Ok(data.len());
         }
         let mut text = Vec::with_capacity(data.len() + 2);
         for byte in data {
-            text.extend_from_slice(if *byte == b'\n' { b"\r\n" } else { std::slice::from_ref(byte) });
+            text.extend_from_slice(if self.0 && *byte == b'\n' {
+                b"\r\n"
+            } else {
+                std::slice::from_ref(byte)
+            });
         }
-        io::stderr().write_all(&text).map(|()| data.len())
+        // One write, whatever becomes of it: the rest of a message that was cut short has nowhere to go either.
+        io::stderr().write(&text).unwrap_or_default();
+        Ok(data.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
     }
 }

@@ -96,7 +96,7 @@ fn report(error: &dyn Error) {
         }
         cause = error.source();
     }
-    eprintln!("vmm: {text}");
+    log::say(&format!("vmm: {text}"));
 }
 
 fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Failure, USAGE};
+use super::{Failure, USAGE, log};
 use crate::machine::ending::Outcome;
 use crate::run_dir::Root;
 use crate::{config, machine};
@@ -20,7 +20,7 @@ pub fn run(path: &Path) -> Result<(), Failure> {
         Outcome::Reset => tracing::info!("guest {name} has asked for a reset, which ends it"),
         Outcome::Stopped => tracing::info!("guest {name} was stopped"),
         Outcome::Crashed(diagnosis) => {
-            eprintln!("vmm: guest {name} cannot go on: {diagnosis}");
+            log::say(&format!("vmm: guest {name} cannot go on: {diagnosis}"));
             return Err(Failure::Told(1));
         }
     }

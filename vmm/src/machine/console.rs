@@ -78,7 +78,14 @@ impl Console {
                 Ok(Self { output: Some(Box::new(output)), input: Some(input), place: "stdio".to_owned() })
             }
             Serial::File(path) => {
-                let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+                // O_NONBLOCK: a FIFO that nobody reads is refused instead of waited for.
+                let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+                let mut options = OpenOptions::new();
+                let file = options.append(true).create(true).mode(0o600).custom_flags(flags).open(path)?;
+                // SAFETY: F_SETFL takes an integer; of those that it changes only O_APPEND was set on purpose.
+                if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_APPEND) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
                 Ok(Self { output: Some(Box::new(file)), input: None, place: path.display().to_string() })
             }
             Serial::Pty => {
@@ -101,6 +108,11 @@ impl Console {
     /// What a user has to know to find it.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// Whether its input is a terminal, some keys of which are for the monitor.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self.input, Some(Input::Terminal { .. }))
     }
 
     /// What to wait for before [`take`](Self::take).

@@ -9,9 +9,11 @@ use super::ending::{Ending, Outcome};
 use super::signals::EndSignals;
 use crate::terminal::{Action, HELP};
 
-/// After how many milliseconds input that waits is offered again. A port in loopback mode takes none, and does not say
-/// when it leaves that mode.
-const RETRY: libc::c_int = 50;
+/// After how many milliseconds input that waits is offered again, to a port that did not say when it takes more.
+const RETRY: libc::c_int = 10;
+/// Most that waits of what is typed, in bytes. A terminal is read on while its input waits, because of the keys that are
+/// the monitor's; what is typed beyond is lost, as on a real line.
+const TYPED_AHEAD: usize = 4096;
 /// After how many milliseconds a terminal that another has is looked at again.
 const LOOK_AGAIN: libc::c_int = 250;
 const FOREVER: libc::c_int = -1;
@@ -20,21 +22,21 @@ const FOREVER: libc::c_int = -1;
 pub fn until_the_end(ending: &Ending, signals: &EndSignals, machine: &mut Machine) -> io::Result<()> {
     let mut waiting: Vec<u8> = Vec::new();
     loop {
-        // Input is not read before the guest has taken what was read before, so that whoever types or pipes waits.
-        let (room, source, timeout) = if waiting.is_empty() {
-            match machine.console.wait() {
-                Wait::Never => (-1, -1, FOREVER),
-                Wait::Readable(fd) => (-1, fd, FOREVER),
-                Wait::Later => (-1, -1, LOOK_AGAIN),
-            }
-        } else {
-            (machine.serial.room().as_raw_fd(), -1, RETRY)
+        // What is piped in is not read before the guest has taken what was read before: the pipe waits.
+        let (source, timeout) = match machine.console.wait() {
+            Wait::Readable(fd) if waiting.is_empty() || machine.console.is_terminal() => (fd, FOREVER),
+            Wait::Later => (-1, LOOK_AGAIN),
+            Wait::Never | Wait::Readable(_) => (-1, FOREVER),
+        };
+        let (room, timeout) = match waiting.is_empty() {
+            true => (-1, timeout),
+            false => (machine.serial.room().as_raw_fd(), RETRY),
         };
         let fds = [ending.event().as_raw_fd(), signals.as_raw_fd(), room, source];
         let [ended, signal, room, source] = readable(fds, timeout)?;
         if signal && let Some(number) = signals.take() {
-            tracing::info!("signal {number} ends the guest");
             ending.report(Outcome::Stopped);
+            tracing::info!("signal {number} ends the guest");
         }
         if ended || ending.is_reported() {
             return Ok(());
@@ -45,6 +47,7 @@ pub fn until_the_end(ending: &Ending, signals: &EndSignals, machine: &mut Machin
         if source {
             let taken = machine.console.take();
             waiting.extend_from_slice(&taken.bytes);
+            waiting.truncate(TYPED_AHEAD);
             taken.actions.into_iter().for_each(|action| carry_out(action, ending, machine));
         }
         let taken = if waiting.is_empty() { 0 } else { machine.serial.input(&waiting) };

@@ -113,6 +113,7 @@ pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
     let console = console::Console::open(&config.serial)
         .map_err(|error| wrong("serial.output", format!("cannot be opened: {error}")))?;
     let built = build::build(config, files, &ending, console).map_err(|error| match error {
+        Error::Boot(reason @ boot::Error::Cmdline { .. }) => wrong("boot.cmdline", reason.to_string()),
         Error::Cpuid(reason) => wrong("cpu.model", reason.to_string()),
         error => error,
     })?;

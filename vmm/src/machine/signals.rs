@@ -13,14 +13,14 @@ pub struct EndSignals {
 }
 
 impl EndSignals {
-    /// Takes the signals over. A SIGHUP that the process was started to ignore (`nohup`) stays ignored.
+    /// Takes the signals over. Those that the process was started to ignore (`nohup`, a script's background) stay ignored.
     ///
     /// # Errors
     ///
     /// That of `pthread_sigmask` or `signalfd`.
     pub fn block() -> io::Result<Self> {
         let wanted: Vec<_> =
-            ENDING.into_iter().filter(|signal| *signal != libc::SIGHUP || !is_ignored(*signal)).collect();
+            ENDING.into_iter().filter(|signal| *signal == libc::SIGTERM || !is_ignored(*signal)).collect();
         let set = vmm_sys_util::signal::create_sigset(&wanted).map_err(io::Error::from)?;
         // SAFETY: set is an initialised signal set; the old mask is not asked for.
         let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };

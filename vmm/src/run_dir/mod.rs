@@ -107,7 +107,8 @@ impl Root {
             .map_err(io_error("make the directory", &self.0))?;
         loop {
             match DirBuilder::new().mode(0o700).create(&dir) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                // What stands there may also be a link to nowhere, or a file.
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists || is_no_directory(&dir) => {
                     return Err(io_error("make the directory", &dir)(error));
                 }
                 _ => {}
@@ -181,6 +182,10 @@ impl Root {
         guests.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(guests)
     }
+}
+
+fn is_no_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|there| !there.is_dir())
 }
 
 fn read_pid(dir: &Path) -> Option<u32> {

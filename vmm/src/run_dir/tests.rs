@@ -80,6 +80,17 @@ fn lock_that_is_a_symbolic_link_is_not_followed() {
 }
 
 #[test]
+fn name_whose_place_is_taken_by_a_link_or_a_file_is_refused_instead_of_tried_for_ever() {
+    let (_dir, root) = root();
+    fs::create_dir_all(&root.0).unwrap();
+    std::os::unix::fs::symlink("/nonexistent", root.0.join("link")).unwrap();
+    fs::write(root.0.join("file"), "").unwrap();
+    for name in ["link", "file"] {
+        assert!(matches!(root.claim(name), Err(Error::Io { what: "make the directory", .. })), "{name}");
+    }
+}
+
+#[test]
 fn socket_path_that_is_too_long_is_refused_with_advice() {
     let dir = tempfile::tempdir().unwrap();
     let root = Root::new(dir.path().join("x".repeat(100)));
