@@ -7,6 +7,9 @@ use crate::GuestRam;
 /// Most pieces a chain may have: what the kernel takes in one vectored read or write (`IOV_MAX`).
 const MAX_PIECES: usize = 1024;
 
+/// Most descriptors a chain may have: as many pieces to read and to write as there may be.
+const MAX_DESCRIPTORS: usize = 2 * MAX_PIECES;
+
 /// A chain that a driver must not make (virtio 1.2, section 2.7).
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
@@ -191,7 +194,11 @@ impl<'a> Chain<'a> {
             Self { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
         // The iterator simply ends where it cannot go on, with the last descriptor still naming a next one.
         let mut goes_on = true;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            // Descriptors of no bytes make no pieces, and an indirect table has room for 65,535 of them.
+            if count == MAX_DESCRIPTORS {
+                return Err(Error::Pieces);
+            }
             goes_on = descriptor.has_next();
             let (address, len) = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {

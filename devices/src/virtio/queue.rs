@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -17,6 +18,11 @@ const NO_INTERRUPT: u16 = 1;
 
 /// Most chains served before others on the device's thread, a pause among them, get their turn.
 const BUDGET: usize = 64;
+
+/// The same as time: what one chain asks for may take long.
+const TIME: Duration = Duration::from_millis(10);
+/// Most chains that break the rules looked at for one that does not.
+const REFUSALS: u16 = 16;
 
 /// A guest can break its queue as often as it likes.
 static BROKEN: LogLimit = LogLimit::new();
@@ -65,10 +71,10 @@ impl DeviceQueue {
 
     /// The next chain the driver has made available, if there is one.
     ///
-    /// A chain that breaks the rules is given back unused, and the next one is looked at, up to a ring full of
+    /// A chain that breaks the rules is given back unused, and the next one is looked at, up to [`REFUSALS`] of
     /// them: a driver that makes them faster than they are refused holds nobody up.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Option<Chain<'m>> {
-        for _ in 0..self.queue.size() {
+        for _ in 0..REFUSALS.min(self.queue.size()) {
             if self.broken {
                 return None;
             }
@@ -153,12 +159,16 @@ impl DeviceQueue {
 
     /// Serves chains with `serve`, which says how many bytes it has written, until there are none left.
     ///
-    /// After [`BUDGET`] chains it leaves the rest for later and signals the kick itself, so that a driver that
+    /// After [`BUDGET`] chains, or [`TIME`], it leaves the rest for later and signals the kick itself, so that a driver that
     /// makes chains faster than they are served cannot keep the thread here.
     pub fn serve(&mut self, mut serve: impl FnMut(Chain<'_>) -> u32) {
         let memory = self.memory();
+        let began = Instant::now();
         self.suppress_kicks();
         for _ in 0..BUDGET {
+            if began.elapsed() >= TIME {
+                break;
+            }
             if let Some(chain) = self.pop(&memory) {
                 let head = chain.head;
                 let len = serve(chain);

@@ -345,3 +345,22 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let len = prop_oneof![4 => 0_u32..0x1000, 3 => (0_u32..9).prop_map(|n| n * 16), 1 => any::<u32>()];
     (address, len, 0_u16..8, 0..SIZE + 1)
 }
+
+#[test]
+fn table_of_endlessly_many_empty_descriptors_is_refused_before_its_end() {
+    let mut rig = Rig::new(true);
+    let count = 2049;
+    rig.descriptor(TABLE, 0, (INDIRECT, u32::from(count) * 16, TABLE_INSIDE, 0));
+    for index in 0..count {
+        let goes_on = if index + 1 < count { NEXT } else { 0 };
+        rig.descriptor(INDIRECT, index, (DATA, 0, goes_on, index + 1));
+    }
+    let memory = rig.memory.clone();
+    rig.offer(0);
+    assert!(rig.queue.pop(&memory).is_none());
+    assert_eq!((rig.get(USED + 2), rig.broken()), (1, false));
+    // One less is a chain like any other.
+    rig.descriptor(INDIRECT, count - 2, (DATA, 0, 0, 0));
+    rig.offer(0);
+    assert!(rig.queue.pop(&memory).is_some());
+}

@@ -8,6 +8,10 @@ pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// of the guest waits for the request.
 pub const MAX_ZERO_SECTORS: u32 = 1 << 15;
 
+/// Most bytes of one data piece. With the number of pieces it bounds what one request moves, and so how long a pause of
+/// the guest waits for it.
+pub const MAX_PIECE: u32 = 1 << 20;
+
 const LEN: usize = 60;
 
 /// The space as the driver reads it.
@@ -20,6 +24,7 @@ impl Space {
     pub fn new(sectors: u64, block_size: u32, segments: u32) -> Self {
         let mut space = Self([0; LEN]);
         space.put(0, &sectors.to_le_bytes());
+        space.put(8, &MAX_PIECE.to_le_bytes()); // size_max
         space.put(12, &segments.to_le_bytes());
         space.put(20, &block_size.to_le_bytes());
         // physical_block_exp: how many logical blocks, as a power of two, make one that is written without

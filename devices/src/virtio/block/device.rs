@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -22,7 +22,7 @@ use crate::virtio::worker::Worker;
 
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Data pieces a request may have: the queue, less header and status.
-const SEGMENTS: u32 = 254;
+pub(super) const SEGMENTS: u32 = 254;
 
 /// A virtio disk.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub struct Block {
     readonly: bool,
     id: [u8; ID_LEN],
     space: Space,
+    /// Of all drivers that come and go.
+    failures: Arc<LogLimit>,
     worker: Option<Worker<Server>>,
 }
 
@@ -42,7 +44,7 @@ impl Block {
         let len = serial.len().min(ID_LEN);
         id[..len].copy_from_slice(&serial.as_bytes()[..len]);
         let space = Space::new(disk.sectors(), disk.block_size(), SEGMENTS);
-        Self { disk, readonly, id, space, worker: None }
+        Self { disk, readonly, id, space, failures: Arc::default(), worker: None }
     }
 }
 
@@ -68,6 +70,7 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_TOPOLOGY
     }
 
@@ -84,7 +87,7 @@ impl VirtioDevice for Block {
                 readonly: self.readonly,
                 write_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
                 id: self.id,
-                failures: LogLimit::new(),
+                failures: self.failures.clone(),
             };
             self.worker = Some(Worker::spawn("block", Server { queue, target })?);
         }

@@ -9,7 +9,8 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::SECTOR;
-use super::config::{MAX_DISCARD_SECTORS, MAX_ZERO_SECTORS};
+use super::config::{self, MAX_DISCARD_SECTORS, MAX_ZERO_SECTORS};
+use super::device::SEGMENTS;
 use super::disk::Disk;
 use crate::virtio::chain::{Buffers, Chain, Error};
 use crate::virtio::log_limit::LogLimit;
@@ -20,6 +21,9 @@ pub const MAX_RANGES: u32 = 16;
 const RANGE_LEN: usize = 16;
 /// Bytes of the disk's identifier.
 pub const ID_LEN: usize = 20;
+
+/// Most bytes that one request reads or writes: what a driver that keeps to the configuration space can ask for.
+const MAX_BYTES: u64 = config::MAX_PIECE as u64 * SEGMENTS as u64;
 
 /// What a request comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +46,7 @@ pub struct Target {
     pub write_through: bool,
     pub id: [u8; ID_LEN],
     /// A failing disk fails request after request.
-    pub failures: LogLimit,
+    pub failures: Arc<LogLimit>,
 }
 
 impl Target {
@@ -80,6 +84,12 @@ impl Target {
         (len.is_multiple_of(SECTOR) && end <= self.disk.sectors()).then(|| sector * SECTOR)
     }
 
+    /// Byte offset of `sector`, if `data` may go there or come from there in one request.
+    fn transfer(&self, sector: u64, data: &Buffers<'_>) -> Option<u64> {
+        let len = data.len() as u64;
+        self.offset(sector, len).filter(|_| len <= MAX_BYTES)
+    }
+
     fn outcome(&self, what: &str, sector: u64, result: io::Result<()>) -> Status {
         match result {
             Ok(()) => Status::Ok,
@@ -99,14 +109,14 @@ impl Target {
     }
 
     fn read(&self, sector: u64, into: &Buffers<'_>) -> Status {
-        match self.offset(sector, into.len() as u64) {
+        match self.transfer(sector, into) {
             Some(offset) => self.outcome("reading", sector, self.disk.read(offset, into)),
             None => Status::IoError,
         }
     }
 
     fn write(&self, sector: u64, from: &Buffers<'_>) -> Status {
-        match self.offset(sector, from.len() as u64) {
+        match self.transfer(sector, from) {
             Some(offset) => self.outcome("writing", sector, self.changed(self.disk.write(offset, from))),
             None => Status::IoError,
         }

@@ -84,6 +84,16 @@ fn requests_past_the_end_or_of_part_sectors_fail_and_change_nothing() {
 }
 
 #[test]
+fn largest_piece_of_a_request_is_in_the_configuration() {
+    let image = image();
+    let driver = driver(&image, false);
+    let mut config = [0; 4];
+    driver.device.read_config(8, &mut config);
+    assert_eq!(u32::from_le_bytes(config), 1 << 20);
+    assert_eq!(driver.device.features() >> VIRTIO_BLK_F_SIZE_MAX & 1, 1);
+}
+
+#[test]
 fn read_only_disk_refuses_every_change_and_offers_the_feature() {
     let image = image();
     let before = std::fs::read(image.path()).unwrap();

@@ -22,11 +22,14 @@ use super::rx::Receiver;
 use super::tx::Transmitter;
 use super::worker::{Server, Shared, lock};
 use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::log_limit::LogLimit;
 use crate::virtio::worker::Worker;
 
 /// `receiveq1`, `transmitq1` (section 5.1.2).
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 const RX: u16 = 0;
+/// A guest can start its card as often as it likes.
+static COMPLAINTS: LogLimit = LogLimit::new();
 /// Smallest MTU that may be offered (section 5.1.4.1).
 const MIN_MTU: u16 = 68;
 /// MTU of a network that says nothing about it.
@@ -146,7 +149,11 @@ impl VirtioDevice for Net {
             let mut backend = lock(&self.backend);
             if let Err(error) = backend.set_offloads(accepted) {
                 let name = backend.name();
-                tracing::warn!("{name} does not take over what its guest can do with frames: {error}");
+                COMPLAINTS.log(|dropped| {
+                    tracing::warn!(
+                        "{name} does not take over what its guest can do with frames: {error}{dropped}"
+                    );
+                });
             }
         }
         let mergeable = features >> VIRTIO_NET_F_MRG_RXBUF & 1 == 1;

@@ -222,7 +222,9 @@ impl Receiver {
                     self.outage.begins("from", backend.name(), &error);
                     add(&counters.rx_errors, 1);
                 }
-                return Step::NoFrame;
+                // What came and was no frame is gone, and others may wait behind it.
+                let taken = error.kind() == io::ErrorKind::InvalidData;
+                return if taken { Step::More(0) } else { Step::NoFrame };
             }
         };
         self.outage.ends();
