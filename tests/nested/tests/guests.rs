@@ -1,6 +1,7 @@
 //! Debian's kernel as guest of the monitor on real KVM. All tests share one emulated host, one after the other; those
 //! that leave it running also share one guest.
 
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -112,7 +113,11 @@ fn on_host(test: impl Fn(&mut Host)) {
                 return;
             }
             Err(_) if attempt < TRIES => {
-                eprintln!("attempt {attempt} of {TRIES} has failed; the next is in a new emulated host");
+                // Past the capture of the test's output, which nobody sees of a test that passes in the end.
+                let told = format!(
+                    "\nattempt {attempt} of {TRIES} has failed; the next is in a new emulated host\n"
+                );
+                std::io::stderr().write_all(told.as_bytes()).unwrap_or_default();
             }
             Err(panic) => {
                 drop(shared);
