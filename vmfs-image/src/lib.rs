@@ -1,0 +1,13 @@
+//! Virtual disks as files of the host: what a disk's bytes are and where they lie. Nothing here knows of guests.
+//!
+//! ```text
+//!            Image  (trait)        what every disk can do; see image.rs for its two ways in
+//!    ┌─────────┼──────────┐
+//!   flat      thin     foreign     raw file or device │ our copy-on-write format │ qcow2, VMDK
+//!              │
+//!           backing ─▶ Image       read where thin has nothing of its own
+//! ```
+
+pub mod image;
+
+pub use image::{Access, Error, Extent, Format, Identity, Image, Info, Place, Run, RunKind, Ticket};
