@@ -8,7 +8,7 @@ use crate::{Error, cargo};
 /// Which benchmark, and its own options.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Name of the benchmark and its options: start [--runs N] [--json]
+    /// Name of the benchmark and its options: start or disk [--runs N] [--json]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "BENCH")]
     args: Vec<OsString>,
 }

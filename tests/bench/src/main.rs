@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use vmm_bench::start;
+use vmm_bench::{disk, start};
 
 /// Benchmarks of vmm beside Firecracker, Cloud Hypervisor and QEMU's microvm.
 #[derive(Debug, Parser)]
@@ -14,18 +14,21 @@ struct Cli {
 }
 
 const HELP: &str = "\
-Binaries are taken from VMM_BINARY (else beside this program), FIRECRACKER, CLOUD_HYPERVISOR and QEMU,
-else from $PATH; a system that is not found is reported as skipped.";
+Binaries are taken from VMM_BINARY (else beside this program), FIRECRACKER, CLOUD_HYPERVISOR, QEMU,
+QEMU_IMG and FIO, else from $PATH; a system that is not found is reported as skipped.";
 
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Process start to the guest's first byte, and memory beside the guest's own
     Start(start::Options),
+    /// Requests a second that a guest gets from its disk, and the processor time that each costs
+    Disk(disk::Options),
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().bench {
-        Bench::Start(options) => start::run(&options),
+    let outcome: Result<(), Box<dyn std::error::Error>> = match Cli::parse().bench {
+        Bench::Start(options) => start::run(&options).map_err(Into::into),
+        Bench::Disk(options) => disk::run(&options).map_err(Into::into),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::cpu::Times;
 use crate::smaps;
 
 /// Longest wait for a line of the guest.
@@ -28,8 +29,8 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// Its output ended before the guest said anything.
-    #[error("ended with {status} before the guest's first line; output: {output:?}; errors: {errors:?}")]
+    /// Its output ended before the guest said what was waited for.
+    #[error("ended with {status} before the guest's line; output: {output:?}; errors: {errors:?}")]
     Ended {
         /// How it ended.
         status: ExitStatus,
@@ -39,15 +40,17 @@ pub enum Error {
         errors: String,
     },
     /// The guest is silent.
-    #[error("no line from the guest in {} s; output: {output:?}; errors: {errors:?}", PATIENCE.as_secs())]
+    #[error("no line from the guest in {} s; output: {output:?}; errors: {errors:?}", patience.as_secs())]
     Silent {
+        /// How long it was waited for.
+        patience: Duration,
         /// What was on standard output.
         output: String,
         /// The end of standard error.
         errors: String,
     },
-    /// The guest's first line is not a JSON object.
-    #[error("the guest's first line is not a JSON object: {line:?}")]
+    /// The guest's line is not a JSON object.
+    #[error("the guest's line is not a JSON object: {line:?}")]
     Line {
         /// The line.
         line: String,
@@ -77,9 +80,11 @@ pub struct Running {
     output: ChildStdout,
     errors: std::path::PathBuf,
     started: Instant,
+    /// Output that was not given out yet.
+    text: Vec<u8>,
 }
 
-/// The guest's first line and when it began.
+/// A line of the guest and when it began.
 #[derive(Debug)]
 pub struct FirstLine {
     /// From just before the process was started to the arrival of the line's first byte.
@@ -102,7 +107,7 @@ impl Running {
         let started = Instant::now();
         let mut child = command.spawn().map_err(failed)?;
         let output = child.stdout.take().ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
-        Ok(Running { child, output, errors, started })
+        Ok(Running { child, output, errors, started, text: Vec::new() })
     }
 
     /// Waits for the guest's first line: the first on standard output that begins with a brace. (What some monitors
@@ -112,29 +117,47 @@ impl Running {
     ///
     /// [`Error::Ended`], [`Error::Silent`] or [`Error::Line`].
     pub fn first_line(&mut self) -> Result<FirstLine, Error> {
-        let mut text: Vec<u8> = Vec::new();
+        self.next_line(PATIENCE)
+    }
+
+    /// Waits at most `patience` for the guest's next line, as [`first_line`](Self::first_line) does for the first.
+    ///
+    /// # Errors
+    ///
+    /// As of `first_line`.
+    pub fn next_line(&mut self, patience: Duration) -> Result<FirstLine, Error> {
         let mut first = None;
-        let deadline = self.started + PATIENCE;
+        let deadline = Instant::now() + patience;
         loop {
-            let mut chunk = [0; 512];
-            let length = match self.read(&mut chunk, deadline) {
-                Ok(0) => return Err(self.ended(&text)),
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => {
-                    return Err(Error::Silent { output: lossy(&text), errors: self.errors() });
-                }
-            };
-            let now = Instant::now();
-            text.extend_from_slice(&chunk[..length]);
-            first = first.or_else(|| line_start(&text).map(|at| (at, now)));
-            let Some((at, when)) = first else { continue };
-            if let Some(length) = text[at..].iter().position(|byte| *byte == b'\n') {
-                let line = &text[at..at + length];
-                let line = serde_json::from_slice(line).map_err(|_| Error::Line { line: lossy(line) })?;
+            first = first.or_else(|| line_start(&self.text).map(|at| (at, Instant::now())));
+            if let Some((at, when)) = first
+                && let Some(length) = self.text[at..].iter().position(|byte| *byte == b'\n')
+            {
+                let line: Vec<u8> = self.text.drain(..=at + length).skip(at).collect();
+                let line = serde_json::from_slice(&line)
+                    .map_err(|_| Error::Line { line: lossy(&line).trim_end().to_owned() })?;
                 return Ok(FirstLine { after: when - self.started, line });
             }
+            let mut chunk = [0; 512];
+            match self.read(&mut chunk, deadline) {
+                Ok(0) => return Err(self.ended()),
+                Ok(length) => self.text.extend_from_slice(&chunk[..length]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    let output = lossy(&self.text);
+                    return Err(Error::Silent { patience, output, errors: self.errors() });
+                }
+            }
         }
+    }
+
+    /// Processor time so far of all threads of the process and its children.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Proc`].
+    pub fn processor_time(&self) -> Result<Times, Error> {
+        Ok(Times::of(&tree(self.child.id())?))
     }
 
     fn read(&mut self, chunk: &mut [u8], deadline: Instant) -> io::Result<usize> {
@@ -142,9 +165,9 @@ impl Running {
         self.output.read(chunk)
     }
 
-    fn ended(&mut self, text: &[u8]) -> Error {
+    fn ended(&mut self) -> Error {
         match self.child.wait() {
-            Ok(status) => Error::Ended { status, output: lossy(text), errors: self.errors() },
+            Ok(status) => Error::Ended { status, output: lossy(&self.text), errors: self.errors() },
             Err(source) => Error::Proc { path: format!("the status of process {}", self.child.id()), source },
         }
     }
@@ -325,6 +348,15 @@ mod tests {
         let first = running.first_line().unwrap();
         assert_eq!(first.line["event"], "hello");
         assert!(first.after > Duration::ZERO);
+    }
+
+    #[test]
+    fn lines_come_one_after_another_whatever_lies_between() {
+        let (_dir, mut running) = shell(r#"printf '{"n":1}\n{"n":2}\nnoise\n{"n":3}\n'; exec sleep 600"#);
+        for n in 1..=3 {
+            assert_eq!(running.next_line(PATIENCE).unwrap().line["n"], n);
+        }
+        assert!(matches!(running.next_line(Duration::from_millis(1)), Err(Error::Silent { .. })));
     }
 
     #[test]

@@ -90,7 +90,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
         refuse_debug_builds(&candidates)?;
     }
     let elf = options.guest.clone().map_or_else(vmm_tests::guest::elf, Ok)?;
-    let guest = Guest { elf: &elf, cmdline: CMDLINE, memory_mib: MEMORY_MIB };
+    let guest = Guest { elf: &elf, cmdline: CMDLINE, memory_mib: MEMORY_MIB, disk: None };
     if !options.json {
         print_conditions(options, &candidates);
     }
@@ -264,7 +264,7 @@ mod tests {
     }
 
     fn guest() -> Guest<'static> {
-        Guest { elf: Path::new("guest"), cmdline: "", memory_mib: 128 }
+        Guest { elf: Path::new("guest"), cmdline: "", memory_mib: 128, disk: None }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use serde_json::json;
 
-use super::{Guest, System};
+use super::{Disk, Format, Guest, System, unsupported};
 
 pub const NAME: &str = "firecracker";
 
@@ -23,9 +23,20 @@ impl System for Firecracker {
     }
 
     fn command(&self, guest: &Guest<'_>, dir: &Path) -> io::Result<Command> {
+        let drives = match guest.disk {
+            None => json!([]),
+            Some(Disk { direct: true, .. }) => {
+                return unsupported("it has no mode that passes the page cache by");
+            }
+            Some(Disk { path, format: Format::Raw, .. }) => json!([{
+                "drive_id": "disk", "path_on_host": path, "is_root_device": false, "is_read_only": false,
+                "io_engine": "Async", "cache_type": "Writeback",
+            }]),
+            Some(_) => return unsupported("it has raw images only"),
+        };
         let config = json!({
             "boot-source": {"kernel_image_path": guest.elf, "boot_args": guest.cmdline},
-            "drives": [],
+            "drives": drives,
             "machine-config": {"vcpu_count": 1, "mem_size_mib": guest.memory_mib},
         });
         let path = dir.join("firecracker.json");

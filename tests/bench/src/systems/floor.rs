@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Guest, System};
+use super::{Guest, System, unsupported};
 
 pub const NAME: &str = crate::report::BASE;
 
@@ -21,6 +21,9 @@ impl System for Floor {
     }
 
     fn command(&self, guest: &Guest<'_>, _dir: &Path) -> io::Result<Command> {
+        if guest.disk.is_some() {
+            return unsupported("it has no disks");
+        }
         let mut command = Command::new(&self.0);
         command.arg(guest.elf).arg(guest.cmdline).arg(guest.memory_mib.to_string());
         Ok(command)

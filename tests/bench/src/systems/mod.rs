@@ -1,6 +1,7 @@
 //! The systems compared: where each is found and how it is told to run a guest.
 //!
-//! All run without seccomp filters and jails, none has a device beyond a serial port that is not built into it, and all
+//! All run without seccomp filters and jails, none has a device beyond a serial port (and a disk,
+//! where there is one) that is not built into it, and all
 //! write the guest's COM1 to standard output.
 
 mod cloud_hypervisor;
@@ -27,6 +28,30 @@ pub struct Guest<'a> {
     pub cmdline: &'a str,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// Its disk, if it has one.
+    pub disk: Option<Disk<'a>>,
+}
+
+/// A disk of the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Disk<'a> {
+    /// The image.
+    pub path: &'a Path,
+    /// Its kind.
+    pub format: Format,
+    /// Whether the host's page cache is passed by.
+    pub direct: bool,
+}
+
+/// Kinds of image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes of the disk as they are.
+    Raw,
+    /// QEMU's.
+    Qcow2,
+    /// Ours.
+    Thin,
 }
 
 /// A system that can run a guest of one vCPU.
@@ -73,6 +98,19 @@ pub fn all() -> Vec<Candidate> {
     ]
 }
 
+/// The program called `program`, as the environment variable `variable` names it, else of `$PATH`; else what was looked for.
+///
+/// # Errors
+///
+/// There is none.
+pub fn tool(program: &str, variable: &str) -> Result<PathBuf, String> {
+    if let Some(path) = std::env::var_os(variable) {
+        return named_program(variable, path.into());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    search(&[program], std::env::split_paths(&path), &format!("in $PATH; {variable} names another"))
+}
+
 fn candidate(
     name: &'static str,
     variable: Option<&str>,
@@ -114,6 +152,11 @@ fn search(
         .ok_or_else(|| format!("no {} {place}", programs.join(" or ")))
 }
 
+/// What a system says of a guest that it cannot run.
+fn unsupported<T>(what: &str) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, what))
+}
+
 fn executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
@@ -139,7 +182,11 @@ mod tests {
     use std::fs;
 
     fn guest() -> Guest<'static> {
-        Guest { elf: Path::new("/a \"guest\".elf"), cmdline: "workload=hello", memory_mib: 128 }
+        Guest { elf: Path::new("/a \"guest\".elf"), cmdline: "workload=hello", memory_mib: 128, disk: None }
+    }
+
+    fn with_disk(format: Format, direct: bool) -> Guest<'static> {
+        Guest { disk: Some(Disk { path: Path::new("/a,b"), format, direct }), ..guest() }
     }
 
     fn program(dir: &Path, name: &str, mode: u32) -> PathBuf {
@@ -203,5 +250,42 @@ mod tests {
         assert_eq!(config["boot-source"]["kernel_image_path"], "/a \"guest\".elf");
         assert_eq!(config["boot-source"]["boot_args"], "workload=hello");
         assert_eq!(config["machine-config"]["mem_size_mib"], 128);
+        assert_eq!(config["drives"], serde_json::json!([]));
+    }
+
+    #[test]
+    fn disk_comes_with_asynchronous_io_and_a_cache_that_can_be_flushed() {
+        let dir = tempfile::tempdir().unwrap();
+        let guest = with_disk(Format::Raw, false);
+        firecracker::Firecracker("fc".into()).command(&guest, dir.path()).unwrap();
+        let text = fs::read(dir.path().join("firecracker.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(config["drives"][0]["io_engine"], "Async");
+        assert_eq!(config["drives"][0]["cache_type"], "Writeback");
+
+        let qemu = |format, direct| {
+            let command = qemu::Qemu("q".into()).command(&with_disk(format, direct), dir.path()).unwrap();
+            let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
+            words.into_iter().find(|word| word.starts_with("id=disk")).unwrap()
+        };
+        assert_eq!(
+            qemu(Format::Raw, false),
+            "id=disk,if=none,format=raw,aio=io_uring,cache=writeback,file=/a,,b"
+        );
+        assert!(qemu(Format::Qcow2, true).contains("format=qcow2,aio=io_uring,cache=none"));
+
+        vmm::Vmm("vmm".into()).command(&guest, dir.path()).unwrap();
+        let text = fs::read_to_string(dir.path().join("vm.toml")).unwrap();
+        assert!(text.ends_with("[[disk]]\npath = \"/a,b\"\n"), "{text}");
+    }
+
+    #[test]
+    fn disk_that_a_system_cannot_have_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let firecracker = firecracker::Firecracker("fc".into());
+        assert!(firecracker.command(&with_disk(Format::Raw, true), dir.path()).is_err());
+        assert!(firecracker.command(&with_disk(Format::Qcow2, false), dir.path()).is_err());
+        let ch = cloud_hypervisor::CloudHypervisor("ch".into());
+        assert!(ch.command(&with_disk(Format::Raw, false), dir.path()).is_err());
     }
 }

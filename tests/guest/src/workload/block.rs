@@ -23,7 +23,43 @@ struct Places {
     count: u64,
     sectors_each: u64,
     next: u64,
-    random: Option<Random>,
+    order: Order,
+}
+
+/// In which order places come.
+enum Order {
+    Sequential,
+    /// Any place at any time.
+    Random(Random),
+    /// Each place once, then all again.
+    Once(Permutation),
+}
+
+/// The numbers below a count in an order without a pattern.
+struct Permutation {
+    state: u64,
+    mask: u64,
+    shift: u32,
+    count: u64,
+}
+
+impl Permutation {
+    fn new(seed: u64, count: u64) -> Self {
+        let mask = count.next_power_of_two().max(2) - 1;
+        Self { state: mix(seed) & mask, mask, shift: mask.count_ones().div_ceil(2), count }
+    }
+
+    fn next(&mut self) -> u64 {
+        loop {
+            // Its period is all numbers (Knuth, The Art of Computer Programming, volume 2, 3.2.1.2, theorem A), and the
+            // exchange of the low bits, in which there is a pattern, can be undone: no number comes twice.
+            self.state = self.state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1) & self.mask;
+            let place = self.state ^ self.state >> self.shift;
+            if place < self.count {
+                return place;
+            }
+        }
+    }
 }
 
 impl Places {
@@ -43,16 +79,21 @@ impl Places {
                 "offset={offset} and span={span} do not fit the disk of {capacity} bytes, or size={size}"
             ));
         }
-        let random = args.choice("mode", &["random", "sequential"])? == "random";
-        let random = random.then_some(args.number("seed", 1)?).map(Random::new);
-        Ok(Self { first: offset / SECTOR, count: span / size, sectors_each: size / SECTOR, next: 0, random })
+        let (count, seed) = (span / size, args.number("seed", 1)?);
+        let order = match args.choice("mode", &["random", "sequential", "once"])? {
+            "random" => Order::Random(Random::new(seed)),
+            "once" => Order::Once(Permutation::new(seed, count)),
+            _ => Order::Sequential,
+        };
+        Ok(Self { first: offset / SECTOR, count, sectors_each: size / SECTOR, next: 0, order })
     }
 
     /// Sector of the next request.
     fn next(&mut self) -> u64 {
-        let place = match &mut self.random {
-            Some(random) => random.below(self.count),
-            None => self.next % self.count,
+        let place = match &mut self.order {
+            Order::Random(random) => random.below(self.count),
+            Order::Once(permutation) => permutation.next(),
+            Order::Sequential => self.next % self.count,
         };
         self.next += 1;
         self.first + place * self.sectors_each
@@ -140,13 +181,21 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
     let mut places = Places::new(machine, &disk, size)?;
     let len = u32::try_from(size).unwrap_or_default();
     let count = args.number("count", u64::MAX)?;
-    let mut made = 0;
+    let flush_every = args.number("flush-every", 0)?;
+    if flush_every > 0 && !disk.device().has(features::FLUSH) {
+        return Err("the disk has no cache that could be flushed".into());
+    }
+    let (mut made, mut unflushed, mut flushes) = (0, 0, 0);
     let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
     let outcome = drive(
         &mut disk,
         |_, done| {
             let go_on = watch.goes_on(done) && made < count;
-            made += u64::from(go_on);
+            if flush_every > 0 && unflushed == flush_every {
+                (unflushed, flushes) = (0, flushes + 1);
+                return Some(without_data(Kind::Flush));
+            }
+            (made, unflushed) = (made + u64::from(go_on), unflushed + 1);
             go_on.then(|| Request { kind, sector: places.next(), len })
         },
         |_, _| {},
@@ -155,10 +204,14 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
     // The last requests have come after the last look at the clock.
     watch.goes_on(outcome.done);
     let mut line = Line::result(name);
+    let moved = outcome.done - flushes;
     line.number("requests", outcome.done)
         .number("errors", outcome.errors + u64::from(flushed != 0))
-        .number("iops", clock.rate(outcome.done, watch.elapsed()))
-        .number("bytes_per_second", clock.rate(outcome.done * size, watch.elapsed()));
+        .number("iops", clock.rate(moved, watch.elapsed()))
+        .number("bytes_per_second", clock.rate(moved * size, watch.elapsed()));
+    if flush_every > 0 {
+        line.number("flushes", flushes);
+    }
     if outcome.errors > 0 {
         line.number("first_bad_status", outcome.first_bad_status.into());
     }

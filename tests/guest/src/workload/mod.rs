@@ -32,8 +32,10 @@
 //! | `net-echo` | sends frames back, answers ARP and ping | see below; `ip=` |
 //! | `net-ping` | sends frames one by one and waits for each to come back | see below; `count=1000`, `timeout=1000` ms |
 //!
-//! Disks: `disk=0`, `mode=random` or `sequential`, `size=4096` bytes a request, `depth=1`, `offset=0` and `span=` in bytes
-//! (default: all), `seed=1`, `flush=0` (1: flush at the end), `wait=poll` or `irq`, `indirect=0`, `no-event-index=0`.
+//! Disks: `disk=0`, `mode=random`, `sequential` or `once` (each place once, in random order), `size=4096` bytes a request,
+//! `depth=1`, `offset=0` and `span=` in bytes (default: all), `seed=1`, `flush=0` (1: flush at the end), `flush-every=0`
+//! (a flush after so many requests, which at `depth=1` are done by then; `iops` counts no flushes), `wait=poll` or `irq`,
+//! `indirect=0`, `no-event-index=0`.
 //!
 //! Network cards: `net=0`, `size=60` bytes a frame, `peer=` address (default: everybody), `rate=0` frames a second
 //! (0: as fast as can be), `wait=poll` or `irq`. Frames have the EtherType 88B5 (for local experiments),
