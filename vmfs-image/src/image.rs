@@ -95,8 +95,27 @@ pub trait Image: Send + Sync + Debug {
     /// [`locate`](Self::locate) that are not aligned to it are refused by `None`.
     fn block_size(&self) -> u32;
 
+    /// Addresses and lengths of the pieces of memory that an engine moves by itself have to be multiples of it, in bytes; a
+    /// power of two. Others go by the calls that wait.
+    fn memory_alignment(&self) -> usize {
+        1
+    }
+
     /// Whether it can be changed.
     fn is_writable(&self) -> bool;
+
+    /// Makes an image that was opened to be changed one that is only read, and its lock that of a reader, so that others
+    /// can be laid on it; or takes that back. What was done before is stable then. Nothing may be in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Locked`] if it is to be changed again and somebody reads it, [`Error::Invalid`] if it was opened to be
+    /// read, [`Error::Io`], and [`Error::Unsupported`] for an image that cannot do it. It is as it was then.
+    fn set_writable(&self, writable: bool) -> Result<(), Error> {
+        let _ = writable;
+        let what = "to be opened anew to change what it is used for".to_owned();
+        Err(Error::Unsupported { path: self.path().to_owned(), what })
+    }
 
     /// The image below, whose bytes are read where this one has none.
     fn backing(&self) -> Option<&Arc<dyn Image>> {

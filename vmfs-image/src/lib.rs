@@ -8,6 +8,11 @@
 //!           backing ─▶ Image       read where thin has nothing of its own
 //! ```
 
+pub mod flat;
 pub mod image;
+pub mod lock;
+pub mod open;
+mod transfer;
 
 pub use image::{Access, Error, Extent, Format, Identity, Image, Info, Place, Run, RunKind, Ticket};
+pub use open::{Cache, OpenOptions, open, probe};
