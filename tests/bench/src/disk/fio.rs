@@ -51,7 +51,7 @@ fn command(program: &Path, case: &Case, file: &Path, size: u64, seconds: u32) ->
     command.args(["--fixedbufs=1", "--registerfiles=1", "--gtod_reduce=1", "--randrepeat=0"]);
     command.args(["--thread", "--allow_file_create=0", "--output-format=json"]);
     command.arg(format!("--rw={kind}")).arg(format!("--bs={}", case.size));
-    command.arg(format!("--iodepth={}", case.depth)).arg(format!("--direct={}", u8::from(case.direct)));
+    command.arg(format!("--iodepth={}", case.depth)).arg(format!("--direct={}", u8::from(case.is_direct())));
     command.arg(format!("--runtime={seconds}")).arg(format!("--size={size}"));
     if case.flush {
         command.arg("--fdatasync=1");

@@ -1,15 +1,18 @@
 //! The images, and the state in which every run finds them.
 
-use std::fs::File;
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::cases::{Image, State};
+use super::cases::{Cache, Image, State};
 use crate::systems::{self, Format};
 
-const PIECE: usize = 1 << 20;
+/// What is handled at a time: no folio of the page cache is larger, and each lies within one.
+const PIECE: usize = 4 << 20;
 
 /// An image that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,8 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error 
 pub struct Images {
     dir: PathBuf,
     size: u64,
+    /// How the page cache holds each file.
+    cached: HashMap<PathBuf, Cache>,
 }
 
 impl Images {
@@ -48,7 +53,7 @@ impl Images {
     ///
     /// The file cannot be written.
     pub fn new(dir: &Path, size: u64) -> Result<Self, Error> {
-        let images = Self { dir: dir.to_owned(), size };
+        let images = Self { dir: dir.to_owned(), size, cached: HashMap::new() };
         let path = images.raw();
         let write = || {
             let mut source = File::open("/dev/urandom")?;
@@ -81,13 +86,13 @@ impl Images {
         self.dir.join("disk.raw")
     }
 
-    /// Makes `image` ready for a run and gives its path. Images that a run fills are new; of those that are full the
-    /// data lies in the page cache and all of it on the disk; with `direct`, none in the cache.
+    /// Makes `image` ready for a run and gives its path: all that was written to it is on the disk, its data in the page
+    /// cache as `cache` says. Images that a run fills are new.
     ///
     /// # Errors
     ///
     /// A file cannot be made, or the program that makes it is not there.
-    pub fn prepare(&self, image: Image, direct: bool) -> Result<PathBuf, Error> {
+    pub fn prepare(&mut self, image: Image, cache: Cache) -> Result<PathBuf, Error> {
         let path = match image {
             Image { format: Format::Raw, .. } => self.raw(),
             Image { format: Format::Qcow2, state } => self.qcow2(state)?,
@@ -95,11 +100,26 @@ impl Images {
                 return Err(Error::Tool("this version has no thin images".to_owned()));
             }
         };
-        if image.state == State::Backed {
-            settle(&self.raw(), direct)?;
+        match image.state {
+            State::Allocated => self.settle(&path, cache)?,
+            State::Fresh => sync(&path).map_err(io_error("prepare", &path))?,
+            State::Backed => {
+                self.settle(&self.raw(), cache)?;
+                sync(&path).map_err(io_error("prepare", &path))?;
+            }
         }
-        settle(&path, direct)?;
         Ok(path)
+    }
+
+    fn settle(&mut self, path: &Path, cache: Cache) -> Result<(), Error> {
+        let failed = io_error("prepare", path);
+        if self.cached.get(path) == Some(&cache) && cache != Cache::Nothing {
+            return sync(path).map_err(failed);
+        }
+        self.cached.remove(path);
+        fill(path, cache).map_err(failed)?;
+        self.cached.insert(path.to_owned(), cache);
+        Ok(())
     }
 
     fn qcow2(&self, state: State) -> Result<PathBuf, Error> {
@@ -134,44 +154,89 @@ fn qemu_img(args: &[&str], paths: &[&Path]) -> Result<(), Error> {
     Err(Error::Tool(format!("qemu-img {} ended with {}: {}", args[0], output.status, said.trim())))
 }
 
-/// All that was written to the file is on the disk; its data is in the page cache, or with `direct` is not.
-fn settle(path: &Path, direct: bool) -> Result<(), Error> {
-    let run = || {
-        let mut file = File::open(path)?;
-        file.sync_all()?;
-        if direct {
-            // SAFETY: no memory is involved.
-            let refused = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-            return if refused == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(refused)) };
+fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Writes the file to the disk and brings it anew into the page cache.
+fn fill(path: &Path, cache: Cache) -> io::Result<()> {
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    file.sync_all()?;
+    let len = file.metadata()?.len();
+    match cache {
+        Cache::Nothing => advise(&file, 0, len, libc::POSIX_FADV_DONTNEED),
+        Cache::ReadAhead => {
+            advise(&file, 0, len, libc::POSIX_FADV_DONTNEED)?;
+            let mut piece = vec![0; PIECE];
+            while file.read(&mut piece)? > 0 {}
+            Ok(())
         }
-        let mut piece = vec![0; PIECE];
-        while file.read(&mut piece)? > 0 {}
-        Ok(())
-    };
-    run().map_err(io_error("prepare", path))
+        Cache::Pieces(size) => {
+            // What is read is not to bring its neighbours along.
+            advise(&file, 0, len, libc::POSIX_FADV_RANDOM)?;
+            let mut piece = vec![0; PIECE];
+            let mut at = 0;
+            while at < len {
+                let wanted = usize::try_from(len - at).map_or(PIECE, |left| left.min(PIECE));
+                let piece = &mut piece[..wanted];
+                file.read_exact_at(piece, at)?;
+                advise(&file, at, wanted as u64, libc::POSIX_FADV_DONTNEED)?;
+                for part in piece.chunks(usize::try_from(size).unwrap_or(PIECE)) {
+                    file.write_all_at(part, at)?;
+                    at += part.len() as u64;
+                }
+            }
+            file.sync_all()
+        }
+    }
+}
+
+fn advise(file: &File, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+    let place = |number: u64| libc::off_t::try_from(number).map_err(|_| io::ErrorKind::InvalidInput);
+    // SAFETY: no memory is involved.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), place(offset)?, place(len)?, advice) } {
+        0 => Ok(()),
+        refused => Err(io::Error::from_raw_os_error(refused)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const RAW: Image = Image { format: Format::Raw, state: State::Allocated };
+
     #[test]
     fn raw_image_is_full_and_its_blocks_differ() {
         let dir = tempfile::tempdir().unwrap();
-        let images = Images::new(dir.path(), 4 << 20).unwrap();
-        let raw = images.prepare(Image { format: Format::Raw, state: State::Allocated }, false).unwrap();
+        let mut images = Images::new(dir.path(), 4 << 20).unwrap();
+        let raw = images.prepare(RAW, Cache::Pieces(4096)).unwrap();
         let bytes = std::fs::read(&raw).unwrap();
         assert_eq!(bytes.len(), 4 << 20);
         let mut blocks: Vec<&[u8]> = bytes.chunks(4096).collect();
         blocks.sort_unstable();
         blocks.dedup();
         assert_eq!(blocks.len(), 1024);
-        settle(&raw, true).unwrap();
+    }
+
+    #[test]
+    fn preparation_changes_no_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let bytes: Vec<u8> = (0..PIECE + 5 * 512).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        for cache in [Cache::Pieces(4096), Cache::Pieces(128 << 10), Cache::ReadAhead, Cache::Nothing] {
+            fill(&path, cache).unwrap();
+            assert!(std::fs::read(&path).unwrap() == bytes, "{cache:?}");
+        }
     }
 
     #[test]
     fn file_that_is_not_there_is_named() {
-        let error = settle(Path::new("/nonexistent/disk"), false).unwrap_err().to_string();
-        assert!(error.contains("/nonexistent/disk"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let mut images = Images::new(dir.path(), 1 << 20).unwrap();
+        std::fs::remove_file(images.raw()).unwrap();
+        let error = images.prepare(RAW, Cache::Nothing).unwrap_err().to_string();
+        assert!(error.contains("disk.raw"), "{error}");
     }
 }

@@ -168,11 +168,11 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let elf = vmm_tests::guest::elf()?;
     let parent = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     let dir = tempfile::Builder::new().prefix("vmm-bench-").tempdir_in(parent).map_err(Error::Dir)?;
-    let images = Images::new(dir.path(), options.size << 20)?;
+    let mut images = Images::new(dir.path(), options.size << 20)?;
     if !options.json {
         print_conditions(options, &contenders, dir.path());
     }
-    let bench = Bench { cases: &cases, images: &images, elf: &elf, options };
+    let mut bench = Bench { cases: &cases, images: &mut images, elf: &elf, options };
     let busy = bench.measure(&mut contenders)?;
     let lines = lines(&contenders, &cases);
     if options.json {
@@ -235,7 +235,7 @@ fn print_conditions(options: &Options, contenders: &[Contender], dir: &Path) {
         options.runs, options.seconds
     );
     println!(
-        "disk of {} MiB in {} ({}), written through and in the page cache before each run; direct: not in it",
+        "disk of {} MiB in {} ({}); before each run it is on the host's disk and in the page cache, there",
         options.size,
         dir.parent().unwrap_or(dir).display(),
         file_system(dir)
@@ -279,7 +279,7 @@ fn file_system(path: &Path) -> String {
 /// What does not change from run to run.
 struct Bench<'a> {
     cases: &'a [Case],
-    images: &'a Images,
+    images: &'a mut Images,
     elf: &'a Path,
     options: &'a Options,
 }
@@ -287,10 +287,11 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Runs all in turns; says how many runs began on a busy host. A system that fails in a case is left out of it from
     /// then on.
-    fn measure(&self, contenders: &mut [Contender]) -> Result<u32, Error> {
+    fn measure(&mut self, contenders: &mut [Contender]) -> Result<u32, Error> {
         let mut busy = 0;
         for round in 0..self.options.runs {
-            for (number, case) in self.cases.iter().enumerate() {
+            let cases = self.cases;
+            for (number, case) in cases.iter().enumerate() {
                 self.progress(round, case);
                 let count = contenders.len();
                 for turn in 0..count {
@@ -326,11 +327,11 @@ impl Bench<'_> {
     }
 
     /// What one run came to, and whether the host was idle before it.
-    fn one_run(&self, contender: &Contender, case: &Case, dir: &Path) -> (Result<Figures, String>, bool) {
+    fn one_run(&mut self, contender: &Contender, case: &Case, dir: &Path) -> (Result<Figures, String>, bool) {
         if let Runner::Nobody(why) = &contender.runner {
             return (Err(why.clone()), true);
         }
-        let image = match self.images.prepare(contender.image, case.direct) {
+        let image = match self.images.prepare(contender.image, case.cache) {
             Ok(image) => image,
             Err(error) => return (Err(error.to_string()), true),
         };
@@ -339,7 +340,7 @@ impl Bench<'_> {
         let result = match &contender.runner {
             Runner::Monitor(system) => {
                 let cmdline = case.cmdline(contender.image.state, seconds, self.images.size());
-                let disk = Disk { path: &image, format: contender.image.format, direct: case.direct };
+                let disk = Disk { path: &image, format: contender.image.format, direct: case.is_direct() };
                 let guest =
                     Guest { elf: self.elf, cmdline: &cmdline, memory_mib: MEMORY_MIB, disk: Some(disk) };
                 run_guest(system.as_ref(), &guest, dir, Duration::from_secs(seconds.into()))
