@@ -9,8 +9,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::http::{self, FIELD_LIMIT, HEAD_LIMIT, Resource};
-use crate::types::{ErrorBody, Status};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::http::{self, DiskVerb, FIELD_LIMIT, HEAD_LIMIT, Resource};
+use crate::types::{
+    AtPowerOff, DiskLimits, DiskStatus, ErrorBody, Job, Medium, PowerOffChoice, Resize, Snapshot, Status,
+};
 
 /// Most bytes of an answer's body.
 const BODY_LIMIT: u64 = 1 << 20;
@@ -21,7 +26,7 @@ const TEXT_LIMIT: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 #[error("{wanted}: {}: {reason}", socket.display())]
 pub struct Error {
-    /// What was asked for: `connect`, `status`, `pause`, `resume`, `power-button` or `stop`.
+    /// What was asked for: `connect`, or the last word of the request's path, such as `status`, `pause`, `snapshot`.
     pub wanted: &'static str,
     /// The socket.
     pub socket: PathBuf,
@@ -126,10 +131,7 @@ impl Client {
     ///
     /// Any [`Reason`], except that a status is never refused.
     pub fn status(&mut self) -> Result<Status, Error> {
-        let body = self.request(Resource::Status)?;
-        serde_json::from_slice(&body)
-            .map(made_printable)
-            .map_err(|error| self.error(Resource::Status.name(), Reason::NotUnderstood(printable(&error))))
+        self.get(Resource::Status).map(made_printable)
     }
 
     /// Holds the guest's processors.
@@ -138,7 +140,7 @@ impl Client {
     ///
     /// Any [`Reason`].
     pub fn pause(&mut self) -> Result<(), Error> {
-        self.request(Resource::Pause).map(drop)
+        self.put(Resource::Pause)
     }
 
     /// Lets held processors go on.
@@ -147,7 +149,7 @@ impl Client {
     ///
     /// Any [`Reason`].
     pub fn resume(&mut self) -> Result<(), Error> {
-        self.request(Resource::Resume).map(drop)
+        self.put(Resource::Resume)
     }
 
     /// Presses the guest's power button.
@@ -156,7 +158,7 @@ impl Client {
     ///
     /// Any [`Reason`].
     pub fn power_button(&mut self) -> Result<(), Error> {
-        self.request(Resource::PowerButton).map(drop)
+        self.put(Resource::PowerButton)
     }
 
     /// Ends the guest at once.
@@ -165,19 +167,142 @@ impl Client {
     ///
     /// Any [`Reason`].
     pub fn stop(&mut self) -> Result<(), Error> {
-        self.request(Resource::Stop).map(drop)
+        self.put(Resource::Stop)
+    }
+
+    /// Freezes the image of disk `index` (counted from 0) as it is now under `name`. The guest goes on in a new file.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn snapshot(&mut self, index: usize, name: &str) -> Result<(), Error> {
+        let body = Snapshot { name: name.to_owned() };
+        self.request(Resource::Disk(index, DiskVerb::Snapshot), Some(&body)).map(drop)
+    }
+
+    /// Begins to write the image on top of disk `index` into the one below.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn commit(&mut self, index: usize) -> Result<Job, Error> {
+        self.begin(Resource::Disk(index, DiskVerb::Commit))
+    }
+
+    /// Begins to copy into the image on top of disk `index` what it lacks, so that it needs none below.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn stream(&mut self, index: usize) -> Result<Job, Error> {
+        self.begin(Resource::Disk(index, DiskVerb::Stream))
+    }
+
+    /// Makes disk `index` larger: to `bytes`, a multiple of 512.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn resize(&mut self, index: usize, bytes: u64) -> Result<(), Error> {
+        self.request(Resource::Disk(index, DiskVerb::Size), Some(&Resize { bytes })).map(drop)
+    }
+
+    /// Puts the image at `path`, which is absolute, behind disk `index`; without a `format` its content says what it is.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn change_medium(&mut self, index: usize, path: &Path, format: Option<&str>) -> Result<(), Error> {
+        let body = Medium { path: path.to_owned(), format: format.map(str::to_owned) };
+        self.request(Resource::Disk(index, DiskVerb::Medium), Some(&body)).map(drop)
+    }
+
+    /// Lets disk `index` try again what waits since an error.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn retry(&mut self, index: usize) -> Result<(), Error> {
+        self.put(Resource::Disk(index, DiskVerb::Retry))
+    }
+
+    /// Replaces the limits of disk `index`.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn set_limits(&mut self, index: usize, limits: DiskLimits) -> Result<(), Error> {
+        self.request(Resource::Disk(index, DiskVerb::Limits), Some(&limits)).map(drop)
+    }
+
+    /// Says what becomes of the redo log of disk `index` when the guest powers off.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn at_power_off(&mut self, index: usize, action: AtPowerOff) -> Result<(), Error> {
+        let body = PowerOffChoice { action };
+        self.request(Resource::Disk(index, DiskVerb::AtPowerOff), Some(&body)).map(drop)
+    }
+
+    /// The jobs of the guest: those that go on and the latest that are over.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn jobs(&mut self) -> Result<Vec<Job>, Error> {
+        Ok(self.get::<Vec<Job>>(Resource::Jobs)?.into_iter().map(printable_job).collect())
+    }
+
+    /// The job `id`.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`]; [`Reason::Answered`] with 404 if there is no such job.
+    pub fn job(&mut self, id: u64) -> Result<Job, Error> {
+        self.get(Resource::Job(id)).map(printable_job)
+    }
+
+    /// Begins to end the job `id`; whether it was over before, its state tells.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`]; [`Reason::Answered`] with 404 if there is no such job.
+    pub fn cancel(&mut self, id: u64) -> Result<(), Error> {
+        self.put(Resource::CancelJob(id))
     }
 
     fn error(&self, wanted: &'static str, reason: Reason) -> Error {
         Error { wanted, socket: self.socket.clone(), reason }
     }
 
-    /// Asks for `resource`; returns the body of a good answer.
-    fn request(&mut self, resource: Resource) -> Result<Vec<u8>, Error> {
+    fn get<T: DeserializeOwned>(&mut self, resource: Resource) -> Result<T, Error> {
+        let body = self.request(resource, None::<&()>)?;
+        self.understand(resource, &body)
+    }
+
+    fn put(&mut self, resource: Resource) -> Result<(), Error> {
+        self.request(resource, None::<&()>).map(drop)
+    }
+
+    fn begin(&mut self, resource: Resource) -> Result<Job, Error> {
+        self.get(resource).map(printable_job)
+    }
+
+    fn understand<T: DeserializeOwned>(&self, resource: Resource, body: &[u8]) -> Result<T, Error> {
+        serde_json::from_slice(body)
+            .map_err(|error| self.error(resource.name(), Reason::NotUnderstood(printable(&error))))
+    }
+
+    /// Asks for `resource`, with `content` if there is some; returns the body of a good answer.
+    fn request(&mut self, resource: Resource, content: Option<&impl Serialize>) -> Result<Vec<u8>, Error> {
         let wanted = resource.name();
-        let answer = self.exchange(resource).map_err(|reason| self.error(wanted, reason))?;
+        let content = content.map(serde_json::to_string).transpose();
+        // A path that is not UTF-8 is the only thing that cannot be written.
+        let content = content.map_err(|error| self.error(wanted, Reason::Io(error.into())))?;
+        let answer = self.exchange(resource, content).map_err(|reason| self.error(wanted, reason))?;
         let reason = match answer.status {
-            200 | 204 => return Ok(answer.body),
+            200 | 202 | 204 => return Ok(answer.body),
             403 => Reason::NotPermitted,
             409 => Reason::Refused(answer.message()),
             status => Reason::Answered { status, message: answer.message() },
@@ -185,26 +310,34 @@ impl Client {
         Err(self.error(wanted, reason))
     }
 
-    fn exchange(&mut self, resource: Resource) -> Result<Answer, Reason> {
+    fn exchange(&mut self, resource: Resource, content: Option<String>) -> Result<Answer, Reason> {
         let clock = Clock::new(self.allowed);
-        if let Some(stream) = self.stream.take() {
-            match self.ask(stream, resource, clock) {
+        let (method, path) = (resource.method(), resource.path());
+        // One without content says so (RFC 9110, section 8.6).
+        let length = match &content {
+            Some(content) => {
+                format!("Content-Type: application/json\r\nContent-Length: {}\r\n", content.len())
+            }
+            None if method == "GET" => String::new(),
+            None => "Content-Length: 0\r\n".to_owned(),
+        };
+        let content = content.unwrap_or_default();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: vmm\r\n{length}\r\n{content}");
+        if let Some(stream) = self.stream.take().filter(|_| method != "POST" || !self.answered) {
+            match self.ask(stream, &request, clock) {
                 // The server may have ended an idle connection before it saw this request. Asking once more does no
-                // harm: all requests are idempotent (RFC 9110, section 9.2.2).
+                // harm: all requests but POST are idempotent (RFC 9110, section 9.2.2), and that one never goes over a
+                // connection that has been idle.
                 Err(Reason::Closed) if self.answered => {}
                 result => return result,
             }
         }
         self.answered = false;
         let stream = connect(&self.socket, clock)?;
-        self.ask(stream, resource, clock)
+        self.ask(stream, &request, clock)
     }
 
-    fn ask(&mut self, mut stream: UnixStream, resource: Resource, clock: Clock) -> Result<Answer, Reason> {
-        let (method, path) = (resource.method(), resource.path());
-        // A PUT without content says so (RFC 9110, section 8.6).
-        let length = if method == "PUT" { "Content-Length: 0\r\n" } else { "" };
-        let request = format!("{method} {path} HTTP/1.1\r\nHost: vmm\r\n{length}\r\n");
+    fn ask(&mut self, mut stream: UnixStream, request: &str, clock: Clock) -> Result<Answer, Reason> {
         stream.set_write_timeout(clock.left()?).map_err(Reason::Io)?;
         // One who is turned away finds the answer there and perhaps the other direction closed.
         let sent = stream.write_all(request.as_bytes()).map_err(|error| clock.reason(error));
@@ -355,10 +488,33 @@ fn made_printable(mut status: Status) -> Status {
     for text in texts.chain(status.nets.iter_mut().flat_map(|net| [&mut net.tap, &mut net.mac])) {
         *text = printable(text);
     }
-    for path in [&mut status.kernel].into_iter().chain(status.disks.iter_mut().map(|disk| &mut disk.path)) {
+    status.kernel = printable(&status.kernel.display()).into();
+    status.disks.iter_mut().for_each(make_disk_printable);
+    status
+}
+
+fn make_disk_printable(disk: &mut DiskStatus) {
+    let more = &mut disk.more;
+    let texts = [
+        &mut more.serial,
+        &mut more.format,
+        &mut more.mode,
+        &mut more.engine,
+        &mut more.cache,
+        &mut more.on_error,
+    ];
+    for text in texts.into_iter().chain(&mut more.waiting) {
+        *text = printable(text);
+    }
+    for path in [&mut disk.path].into_iter().chain(&mut more.redo).chain(&mut more.backing) {
         *path = printable(&path.display()).into();
     }
-    status
+}
+
+fn printable_job(mut job: Job) -> Job {
+    job.what = printable(&job.what);
+    job.error = job.error.map(|error| printable(&error));
+    job
 }
 
 /// A text from the other end, fit for a terminal.

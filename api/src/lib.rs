@@ -12,4 +12,7 @@ mod http;
 pub mod server;
 mod types;
 
-pub use types::{Control, DiskStatus, NetStatus, Refused, State, Status};
+pub use types::{
+    AtPowerOff, Control, Counters, DiskDetails, DiskLimits, DiskOrder, DiskStatus, Job, JobState, Medium,
+    NetStatus, PowerOffChoice, Refused, Resize, Snapshot, State, Status,
+};

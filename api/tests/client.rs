@@ -10,8 +10,8 @@ use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use api::State;
 use api::client::{Client, Error, Reason};
+use api::{AtPowerOff, DiskLimits, DiskOrder, Medium, PowerOffChoice, Resize, Snapshot, State};
 use common::{serve, socket};
 use proptest::prelude::*;
 
@@ -58,6 +58,71 @@ fn every_request_reaches_the_guest_over_one_connection() {
     client.power_button().unwrap();
     client.stop().unwrap();
     assert_eq!(*guest.asked.lock().unwrap(), ["power-button", "stop"]);
+}
+
+#[test]
+fn orders_to_disks_arrive_as_they_were_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, _server) = serve(dir.path());
+    let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
+    let limits = DiskLimits { iops: None, bandwidth: Some(1 << 20), burst: Some(500) };
+    client.snapshot(0, "before \"it\"").unwrap();
+    client.change_medium(0, Path::new("/srv/b.img"), Some("flat")).unwrap();
+    client.resize(0, 2 << 30).unwrap();
+    client.set_limits(0, limits).unwrap();
+    client.at_power_off(0, AtPowerOff::Commit).unwrap();
+    let medium = Medium { path: "/srv/b.img".into(), format: Some("flat".into()) };
+    let orders = [
+        DiskOrder::Snapshot(Snapshot { name: "before \"it\"".into() }),
+        DiskOrder::Medium(medium),
+        DiskOrder::Resize(Resize { bytes: 2 << 30 }),
+        DiskOrder::Limits(limits),
+        DiskOrder::AtPowerOff(PowerOffChoice { action: AtPowerOff::Commit }),
+    ];
+    assert_eq!(*guest.orders.lock().unwrap(), orders.map(|order| (0, order)));
+    let error = client.retry(0).unwrap_err();
+    assert!(matches!(&error.reason, Reason::Refused(why) if why == "nothing of disk 0 waits"), "{error}");
+    let error = client.commit(1).unwrap_err();
+    assert!(matches!(&error.reason, Reason::Answered { status: 404, .. }), "{error}");
+}
+
+#[test]
+fn jobs_are_begun_watched_and_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, _server) = serve(dir.path());
+    let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
+    let job = client.stream(0).unwrap();
+    assert_eq!(job.error.as_deref(), Some("no\u{fffd}space"), "it is fit for a terminal");
+    assert_eq!(client.job(job.id).unwrap(), job);
+    assert_eq!(client.jobs().unwrap(), [job]);
+    client.cancel(3).unwrap();
+    assert_eq!(*guest.asked.lock().unwrap(), ["cancel"]);
+    assert!(matches!(client.job(4).unwrap_err().reason, Reason::Answered { status: 404, .. }));
+}
+
+#[test]
+fn what_may_be_done_once_only_never_goes_over_a_connection_that_may_have_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    // One answer on each connection; a second request over the first would find nobody.
+    let done = b"HTTP/1.1 204 X\r\n\r\n".to_vec();
+    let monitor = canned(dir.path(), vec![done.clone(), done]);
+    let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
+    client.pause().unwrap();
+    client.snapshot(0, "a").unwrap();
+    monitor.join().unwrap();
+    // One that is closed before the answer may have been heard: it is not asked again.
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = canned(dir.path(), vec![Vec::new()]);
+    let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
+    assert!(matches!(client.snapshot(0, "a").unwrap_err().reason, Reason::Closed));
+    monitor.join().unwrap();
+}
+
+#[test]
+fn status_of_a_monitor_that_tells_less_of_its_disks_is_understood() {
+    let old = r#"{"path":"/a","readonly":false,"bytes":512}"#;
+    let disk: api::DiskStatus = serde_json::from_str(old).unwrap();
+    assert_eq!((disk.bytes, disk.more), (512, api::DiskDetails::default()));
 }
 
 #[test]

@@ -42,6 +42,20 @@ fn commands_of_the_documentation_work() {
     assert_eq!(curl(&["-X", "PUT", "http://vmm/v1/power-button"]), done);
     assert_eq!(curl(&["-X", "PUT", "http://vmm/v1/stop"]), done);
     assert_eq!(*guest.asked.lock().unwrap(), ["power-button", "stop"]);
+    assert_eq!(curl(&["-d", r#"{"name":"before-upgrade"}"#, "http://vmm/v1/disks/0/snapshot"]), done);
+    let (_, job) = curl(&["-X", "POST", "http://vmm/v1/disks/0/commit"]);
+    assert!(job.starts_with(r#"{"id":3,"#) && job.ends_with("}\n202"), "{job}");
+    let (_, job) = curl(&["http://vmm/v1/jobs/3"]);
+    assert!(job.starts_with(r#"{"id":3,"#) && job.ends_with("}\n200"), "{job}");
+    assert_eq!(curl(&["-X", "PUT", "http://vmm/v1/jobs/3/cancel"]), done);
+    for (verb, body) in [
+        ("size", r#"{"bytes":2147483648}"#),
+        ("medium", r#"{"path":"/srv/tools.img","format":"flat"}"#),
+        ("limits", r#"{"iops":500,"bandwidth":104857600,"burst":1000}"#),
+        ("at-power-off", r#"{"action":"commit"}"#),
+    ] {
+        assert_eq!(curl(&["-X", "PUT", "-d", body, &format!("http://vmm/v1/disks/0/{verb}")]), done);
+    }
 }
 
 #[test]

@@ -26,8 +26,17 @@ impl Answer {
 
     /// 200 with `value`.
     pub fn json(value: &impl Serialize) -> Self {
+        Self::with(200, value)
+    }
+
+    /// 202 with `value`: it goes on.
+    pub fn accepted(value: &impl Serialize) -> Self {
+        Self::with(202, value)
+    }
+
+    fn with(status: u16, value: &impl Serialize) -> Self {
         match serde_json::to_string(value) {
-            Ok(body) => Self { status: 200, allow: None, body: Some(body) },
+            Ok(body) => Self { status, allow: None, body: Some(body) },
             Err(error) => Self::error(500, &format!("the answer cannot be written as JSON: {error}")),
         }
     }
@@ -79,6 +88,7 @@ impl Answer {
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
+        202 => "Accepted",
         204 => "No Content",
         400 => "Bad Request",
         403 => "Forbidden",

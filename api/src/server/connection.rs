@@ -45,7 +45,7 @@ impl<'a> Connection<'a> {
     /// Answers the client until one of the two ends the connection.
     pub fn serve(mut self) {
         loop {
-            let request = match self.next_request() {
+            let (request, body) = match self.next_request() {
                 Ok(request) => request,
                 Err(End::Closed) => return,
                 Err(End::Late) => {
@@ -53,7 +53,7 @@ impl<'a> Connection<'a> {
                 }
                 Err(End::Rejected(answer)) => return self.farewell(&answer),
             };
-            let answer = request.perform(&*self.shared.control);
+            let answer = request.perform(&*self.shared.control, &body);
             tracing::debug!("control: answered {}", answer.status());
             let bytes = answer.encode(request.is_head(), request.close);
             if self.send(&bytes).is_err() {
@@ -65,8 +65,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Waits for the next request and reads all of it.
-    fn next_request(&mut self) -> Result<Request, End> {
+    /// Waits for the next request and reads all of it, its body too.
+    fn next_request(&mut self) -> Result<(Request, Vec<u8>), End> {
         if self.bytes.is_empty() {
             self.fill(Instant::now() + self.shared.limits.idle).map_err(|end| match end {
                 End::Late => End::Closed,
@@ -90,19 +90,19 @@ impl<'a> Connection<'a> {
         if request.expects_continue && request.body > 0 {
             self.send(CONTINUE)?;
         }
-        self.skip(request.body, deadline)?;
-        Ok(request)
+        let body = self.take_body(request.body, deadline)?;
+        Ok((request, body))
     }
 
-    /// Drops `len` bytes of body.
-    fn skip(&mut self, len: u64, deadline: Instant) -> Result<(), End> {
-        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+    /// Takes `len` bytes of body, which are no more than a body may have.
+    fn take_body(&mut self, len: u64, deadline: Instant) -> Result<Vec<u8>, End> {
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut body = Vec::new();
         loop {
-            let here = left.min(self.bytes.len());
-            self.bytes.drain(..here);
-            left -= here;
-            if left == 0 {
-                return Ok(());
+            let here = (len - body.len()).min(self.bytes.len());
+            body.extend(self.bytes.drain(..here));
+            if body.len() == len {
+                return Ok(body);
             }
             self.fill(deadline)?;
         }

@@ -1,10 +1,10 @@
 //! Reading a request's head (RFC 9112), and doing what it asks for.
 
 use super::answer::Answer;
-use crate::http::{self, FIELD_LIMIT, HEAD_LIMIT, Resource};
-use crate::types::{Control, Refused};
+use crate::http::{self, DiskVerb, FIELD_LIMIT, HEAD_LIMIT, Resource};
+use crate::types::{Control, DiskOrder, Refused, WantedLimits};
 
-/// Most bytes of a body. No resource takes one, but it is read so that the connection stays usable.
+/// Most bytes of a body. One that the resource does not take is read all the same, so that the connection stays usable.
 pub const BODY_LIMIT: u64 = 64 << 10;
 
 /// A request whose head was read.
@@ -25,6 +25,7 @@ enum Method {
     Get,
     Head,
     Put,
+    Post,
     Other,
 }
 
@@ -60,9 +61,10 @@ pub fn parse(bytes: &[u8]) -> Result<Option<(Request, usize)>, Answer> {
             "GET" => Method::Get,
             "HEAD" => Method::Head,
             "PUT" => Method::Put,
+            "POST" => Method::Post,
             _ => Method::Other,
         },
-        resource: Resource::ALL.into_iter().find(|resource| resource.path() == path(target)),
+        resource: Resource::at(path(target)),
         body: body_length(fields)?,
         expects_continue: !http_1_0 && expects_continue(fields)?,
         close: http_1_0 || http::lists(fields, "Connection", "close"),
@@ -124,22 +126,24 @@ impl Request {
         self.method == Method::Head
     }
 
-    /// Does what is asked for.
-    pub fn perform(&self, control: &dyn Control) -> Answer {
+    /// Does what is asked for; `body` is what came with it.
+    pub fn perform(&self, control: &dyn Control, body: &[u8]) -> Answer {
         let Some(resource) = self.resource else { return not_found() };
-        match (resource, self.method) {
-            (Resource::Status, Method::Get | Method::Head) => {}
-            (Resource::Status, _) => return Answer::wrong_method("GET, HEAD"),
-            (_, Method::Put) => {}
-            _ => return Answer::wrong_method("PUT"),
+        match (resource.method(), self.method) {
+            ("GET", Method::Get | Method::Head) | ("PUT", Method::Put) | ("POST", Method::Post) => {}
+            ("GET", _) => return Answer::wrong_method("GET, HEAD"),
+            (right, _) => return Answer::wrong_method(right),
         }
-        if self.body > 0 {
+        if self.body > 0 && !resource.takes_body() {
             // Not ignored: whoever sends one expects it to mean something.
             return Answer::error(400, "this resource takes no body");
         }
         tracing::debug!("control: {} is asked for", resource.name());
         let done = match resource {
             Resource::Status => return Answer::json(&control.status()),
+            Resource::Jobs => return Answer::json(&control.jobs()),
+            Resource::Job(id) | Resource::CancelJob(id) => return job(control, id, resource),
+            Resource::Disk(index, verb) => return disk(control, index, verb, body),
             Resource::Pause => control.pause(),
             Resource::Resume => control.resume(),
             Resource::PowerButton => control.power_button(),
@@ -152,7 +156,55 @@ impl Request {
     }
 }
 
+fn job(control: &dyn Control, id: u64, resource: Resource) -> Answer {
+    let Some(job) = control.jobs().into_iter().find(|job| job.id == id) else {
+        return Answer::error(
+            404,
+            &format!("there is no job {id}, or it was over long ago; GET /v1/jobs lists those there are"),
+        );
+    };
+    if matches!(resource, Resource::CancelJob(_)) {
+        control.cancel(id);
+        return Answer::done();
+    }
+    Answer::json(&job)
+}
+
+fn disk(control: &dyn Control, index: usize, verb: DiskVerb, body: &[u8]) -> Answer {
+    let count = control.disks();
+    if index >= count {
+        let why = format!(
+            "there is no disk {index}; the guest has {count}, counted from 0 in the order of its configuration"
+        );
+        return Answer::error(404, &why);
+    }
+    let order = match order(verb, body) {
+        Ok(order) => order,
+        Err(error) => {
+            return Answer::error(400, &format!("the body is not the JSON that is wanted here: {error}"));
+        }
+    };
+    match control.disk(index, order) {
+        Ok(None) => Answer::done(),
+        Ok(Some(job)) => Answer::accepted(&job),
+        Err(Refused(why)) => Answer::error(409, &why),
+    }
+}
+
+fn order(verb: DiskVerb, body: &[u8]) -> serde_json::Result<DiskOrder> {
+    Ok(match verb {
+        DiskVerb::Snapshot => DiskOrder::Snapshot(serde_json::from_slice(body)?),
+        DiskVerb::Commit => DiskOrder::Commit,
+        DiskVerb::Stream => DiskOrder::Stream,
+        DiskVerb::Size => DiskOrder::Resize(serde_json::from_slice(body)?),
+        DiskVerb::Medium => DiskOrder::Medium(serde_json::from_slice(body)?),
+        DiskVerb::Retry => DiskOrder::Retry,
+        DiskVerb::Limits => DiskOrder::Limits(serde_json::from_slice::<WantedLimits>(body)?.into()),
+        DiskVerb::AtPowerOff => DiskOrder::AtPowerOff(serde_json::from_slice(body)?),
+    })
+}
+
 fn not_found() -> Answer {
-    let known = Resource::ALL.map(|resource| format!("{} {}", resource.method(), resource.path()));
+    let known = Resource::ALL.map(|resource| format!("{} {}", resource.method(), resource.pattern()));
     Answer::error(404, &format!("there is no such resource; there are {}", known.join(", ")))
 }

@@ -9,7 +9,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::types::{DiskStatus, NetStatus, Refused, State, Status};
+use crate::types::{
+    AtPowerOff, DiskLimits, DiskOrder, DiskStatus, Job, JobState, Medium, NetStatus, PowerOffChoice, Refused,
+    Resize, Snapshot, State, Status,
+};
 
 const STATUS: &[u8] = b"GET /v1/status HTTP/1.1\r\nHost: vmm\r\n\r\n";
 /// Long enough that a test which waits for it hangs.
@@ -21,6 +24,7 @@ const NEVER: Limits = {
 #[derive(Debug, Default)]
 struct Fake {
     calls: Mutex<Vec<&'static str>>,
+    orders: Mutex<Vec<(usize, DiskOrder)>>,
     refuse: AtomicBool,
     /// Told of a stop, and what the stop then waits for.
     stop: Mutex<Option<(Sender<()>, Receiver<()>)>>,
@@ -44,7 +48,12 @@ impl Control for Fake {
     fn status(&self) -> Status {
         self.calls.lock().unwrap().push("status");
         assert!(!self.refuse.load(Ordering::SeqCst), "told to panic");
-        let disk = DiskStatus { path: "/srv/web.img".into(), readonly: false, bytes: 1 << 30 };
+        let disk = DiskStatus {
+            path: "/srv/web.img".into(),
+            readonly: false,
+            bytes: 1 << 30,
+            more: Default::default(),
+        };
         Status {
             name: "web".into(),
             state: State::Running,
@@ -74,6 +83,23 @@ impl Control for Fake {
             go.recv().unwrap();
         }
         self.call("stop")
+    }
+    fn disks(&self) -> usize {
+        2
+    }
+    fn disk(&self, index: usize, order: DiskOrder) -> Result<Option<Job>, Refused> {
+        self.orders.lock().unwrap().push((index, order.clone()));
+        self.call("disk")?;
+        Ok(matches!(order, DiskOrder::Commit | DiskOrder::Stream).then(|| self.jobs().remove(0)))
+    }
+    fn jobs(&self) -> Vec<Job> {
+        let job =
+            |id, state| Job { id, what: "commit".into(), disk: 0, state, done: 1, total: 2, error: None };
+        vec![job(7, JobState::Running), job(8, JobState::Done)]
+    }
+    fn cancel(&self, id: u64) {
+        assert_eq!(id, 7);
+        self.call("cancel").unwrap();
     }
 }
 
@@ -172,7 +198,7 @@ fn replies(mut bytes: &[u8], request: &[u8]) -> Vec<Reply> {
             if !to_head {
                 reply.body = text(&bytes[..len]);
                 bytes = &bytes[len..];
-                assert!(status == 200 || !reply.error().is_empty());
+                assert!(matches!(status, 200 | 202) || !reply.error().is_empty());
             }
         }
         replies.push(reply);
@@ -223,7 +249,7 @@ fn unknown_path_is_not_found_and_the_known_ones_are_listed() {
         let reply = host.one(&put(path, ""));
         assert_eq!(reply.status, 404, "{path}");
         for known in crate::http::Resource::ALL {
-            assert!(reply.error().contains(known.path()));
+            assert!(reply.error().contains(known.pattern()));
         }
     }
     assert!(host.fake.take_calls().is_empty());
@@ -232,9 +258,15 @@ fn unknown_path_is_not_found_and_the_known_ones_are_listed() {
 #[test]
 fn wrong_method_is_told_the_right_one() {
     let host = Host::new(NEVER);
-    for (method, path, allow) in
-        [("PUT", "/v1/status", "GET, HEAD"), ("GET", "/v1/pause", "PUT"), ("BREW", "/v1/stop", "PUT")]
-    {
+    for (method, path, allow) in [
+        ("PUT", "/v1/status", "GET, HEAD"),
+        ("GET", "/v1/pause", "PUT"),
+        ("BREW", "/v1/stop", "PUT"),
+        ("POST", "/v1/disks/0/retry", "PUT"),
+        ("PUT", "/v1/disks/0/snapshot", "POST"),
+        ("POST", "/v1/jobs/7", "GET, HEAD"),
+        ("GET", "/v1/jobs/7/cancel", "PUT"),
+    ] {
         let reply = host.one(&format!("{method} {path} HTTP/1.1\r\nHost: vmm\r\n\r\n"));
         assert_eq!((reply.status, reply.field("Allow")), (405, Some(allow)));
     }
@@ -288,6 +320,76 @@ fn body_is_refused_and_the_connection_stays_usable() {
     let replies = host.talk(&[body(65537).as_bytes(), STATUS].concat());
     assert_eq!(statuses(&replies), [413]);
     assert!(replies[0].closes());
+}
+
+fn order(method: &str, path: &str, body: &str) -> String {
+    let len = body.len();
+    format!("{method} {path} HTTP/1.1\r\nHost: vmm\r\nContent-Length: {len}\r\n\r\n{body}")
+}
+
+#[test]
+fn orders_to_disks_arrive_with_their_content_and_long_ones_are_answered_by_a_job() {
+    let host = Host::new(NEVER);
+    let medium = Medium { path: "/srv/b.img".into(), format: Some("flat".into()) };
+    let limits = DiskLimits { iops: Some(500), ..DiskLimits::default() };
+    let cases = [
+        ("POST", "snapshot", r#"{"name":"before"}"#, DiskOrder::Snapshot(Snapshot { name: "before".into() })),
+        ("POST", "commit", "", DiskOrder::Commit),
+        ("POST", "stream", "", DiskOrder::Stream),
+        ("PUT", "size", r#"{"bytes":2097152}"#, DiskOrder::Resize(Resize { bytes: 2 << 20 })),
+        ("PUT", "medium", r#"{"path":"/srv/b.img","format":"flat"}"#, DiskOrder::Medium(medium)),
+        ("PUT", "retry", "", DiskOrder::Retry),
+        ("PUT", "limits", r#" {"iops":500} "#, DiskOrder::Limits(limits)),
+        (
+            "PUT",
+            "at-power-off",
+            r#"{"action":"discard"}"#,
+            DiskOrder::AtPowerOff(PowerOffChoice { action: AtPowerOff::Discard }),
+        ),
+    ];
+    for (method, verb, body, wanted) in cases {
+        let reply = host.one(&order(method, &format!("/v1/disks/1/{verb}"), body));
+        let is_long = matches!(wanted, DiskOrder::Commit | DiskOrder::Stream);
+        assert_eq!(reply.status, if is_long { 202 } else { 204 }, "{verb}: {reply:?}");
+        assert!(!is_long || serde_json::from_str::<Job>(&reply.body).unwrap().id == 7);
+        assert_eq!(host.fake.orders.lock().unwrap().pop(), Some((1, wanted)));
+    }
+}
+
+#[test]
+fn order_with_a_wrong_body_or_to_no_disk_is_refused_and_not_passed_on() {
+    let host = Host::new(NEVER);
+    for (method, path, body, status) in [
+        ("POST", "/v1/disks/2/commit", "", 404),
+        ("POST", "/v1/disks/0/commit", "{}", 400),
+        ("POST", "/v1/disks/0/snapshot", "", 400),
+        ("POST", "/v1/disks/0/snapshot", "{}", 400),
+        ("POST", "/v1/disks/0/snapshot", r#"{"name":"a","nmae":"b"}"#, 400),
+        ("PUT", "/v1/disks/0/size", r#"{"bytes":-1}"#, 400),
+        ("PUT", "/v1/disks/0/size", r#"{"bytes":1}x"#, 400),
+        ("PUT", "/v1/disks/0/limits", r#"{"iop":1}"#, 400),
+        ("PUT", "/v1/disks/0/at-power-off", r#"{"action":"burn"}"#, 400),
+        ("PUT", "/v1/disks/0/medium", "\u{0}", 400),
+    ] {
+        let reply = host.one(&order(method, path, body));
+        assert_eq!(reply.status, status, "{path} {body}");
+    }
+    assert!(host.fake.take_calls().is_empty());
+    host.fake.refuse.store(true, Ordering::SeqCst);
+    let reply = host.one(&put("/v1/disks/0/retry", ""));
+    assert_eq!((reply.status, reply.error().as_str()), (409, "no \"disk\" today"));
+}
+
+#[test]
+fn jobs_are_listed_found_and_cancelled_by_their_number() {
+    let host = Host::new(NEVER);
+    let get = |path: &str| host.one(&format!("GET {path} HTTP/1.1\r\nHost: vmm\r\n\r\n"));
+    assert_eq!(serde_json::from_str::<Vec<Job>>(&get("/v1/jobs").body).unwrap().len(), 2);
+    assert_eq!(serde_json::from_str::<Job>(&get("/v1/jobs/8").body).unwrap().state, JobState::Done);
+    assert_eq!(get("/v1/jobs/9").status, 404);
+    assert_eq!(host.one(&put("/v1/jobs/9/cancel", "")).status, 404);
+    assert_eq!(host.one(&put("/v1/jobs/7/cancel", "")).status, 204);
+    assert_eq!(host.fake.take_calls(), ["cancel"]);
 }
 
 #[test]

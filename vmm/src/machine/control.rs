@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api::{Control, DiskStatus, NetStatus, Refused, State, Status};
+use api::{Control, DiskDetails, DiskOrder, DiskStatus, Job, NetStatus, Refused, State, Status};
 use devices::legacy::power::Power;
 use devices::legacy::serial::Serial;
 use devices::virtio::mmio::MmioTransport;
@@ -93,6 +93,7 @@ fn describe(config: &Config, sizes: &[u64], serial: String) -> Status {
         path: disk.path.clone(),
         readonly: disk.readonly,
         bytes: *bytes,
+        more: DiskDetails { serial: disk.serial.clone(), ..DiskDetails::default() },
     };
     let net = |net: &Net| NetStatus { tap: net.tap.clone(), mac: show_mac(net.mac) };
     Status {
@@ -111,6 +112,13 @@ fn describe(config: &Config, sizes: &[u64], serial: String) -> Status {
 }
 
 impl Machine {
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        if let Err(Refused(reason)) = self.controller.power_button() {
+            tracing::warn!("{reason}");
+        }
+    }
+
     /// Ends whatever still runs of it.
     pub fn take_apart(self) {
         self.controller.ending.report(Outcome::Stopped);
@@ -122,15 +130,6 @@ impl Machine {
         }
         // No vCPU runs, so that nobody starts a device again.
         self.controller.devices.iter().for_each(|device| device.stop());
-    }
-}
-
-impl Machine {
-    /// Presses the power button.
-    pub fn press_power_button(&self) {
-        if let Err(Refused(reason)) = self.controller.power_button() {
-            tracing::warn!("{reason}");
-        }
     }
 }
 
@@ -205,4 +204,18 @@ impl Control for Controller {
         self.ending.report(Outcome::Stopped);
         Ok(())
     }
+
+    fn disks(&self) -> usize {
+        self.status.disks.len()
+    }
+
+    fn disk(&self, _index: usize, _order: DiskOrder) -> Result<Option<Job>, Refused> {
+        Err(Refused("this version of vmm cannot do that yet".to_owned()))
+    }
+
+    fn jobs(&self) -> Vec<Job> {
+        Vec::new()
+    }
+
+    fn cancel(&self, _id: u64) {}
 }
