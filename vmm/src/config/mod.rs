@@ -4,11 +4,13 @@
 //! opened or the kernel is looked at is reported through [`Loaded::problem`] in the same form.
 
 pub mod address;
+pub mod disk;
 mod error;
 pub mod model;
 mod reader;
 mod schema;
 mod size;
+mod time;
 
 pub use error::{Error, Place, Problem};
 pub use schema::{Loaded, load};

@@ -6,6 +6,11 @@
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use vmfs_image::{Cache, Format};
+
+pub use api::AtPowerOff;
 
 /// A guest as its `vm.toml` describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,12 +89,85 @@ pub enum Backing {
 /// `[[disk]]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
-    /// Raw file or block device.
+    /// Image file or block device.
     pub path: PathBuf,
+    /// What becomes of what the guest writes.
+    pub mode: Mode,
     /// Whether the guest may only read (`readonly`).
     pub readonly: bool,
     /// Serial number shown to the guest (`serial`), at most 20 ASCII characters; by default `disk<index>`.
     pub serial: String,
+    /// Format of the image; absent: what its content says.
+    pub format: Option<Format>,
+    /// What stands between the guest's writes and the storage.
+    pub cache: Cache,
+    /// Number of queues, 1 to 16; by default one for each vCPU, at most 4.
+    pub queues: u16,
+    /// What is done about errors of the storage.
+    pub on_error: OnError,
+    /// The most that the disk does.
+    pub limits: Limits,
+    /// What becomes of the redo log of an undoable disk at power-off.
+    pub at_power_off: AtPowerOff,
+}
+
+/// `disk.mode`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// It goes into the image.
+    #[default]
+    Persistent,
+    /// It is thrown away when the guest powers off.
+    Nonpersistent,
+    /// It goes into a redo log, about which is decided at power-off.
+    Undoable,
+    /// It goes into a redo log that stays until it is committed or discarded by command.
+    Append,
+}
+
+impl Mode {
+    /// The name it has in `vm.toml`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Persistent => "persistent",
+            Self::Nonpersistent => "nonpersistent",
+            Self::Undoable => "undoable",
+            Self::Append => "append",
+        }
+    }
+}
+
+/// `disk.on_error`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// The guest gets the error.
+    #[default]
+    Report,
+    /// The request waits, and those after it, until somebody lets them be tried again.
+    Pause,
+}
+
+impl OnError {
+    /// The name it has in `vm.toml`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Pause => "pause",
+        }
+    }
+}
+
+/// `disk.iops`, `disk.bandwidth` and `disk.burst`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    /// Requests a second, 1 to 10 million.
+    pub iops: Option<u64>,
+    /// Bytes a second, 4 KiB to 1 TiB.
+    pub bandwidth: Option<u64>,
+    /// How much of an allowance that was not used is kept, as the time it is for: 1 ms to 60 s.
+    pub burst: Option<Duration>,
 }
 
 /// `[[net]]`

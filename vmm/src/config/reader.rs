@@ -128,16 +128,20 @@ impl<'t> Reader<'t> {
     }
 
     /// A whole number within `range`; `what` says of what.
-    pub fn number(
+    pub fn number<N>(
         &mut self,
         section: &Section<'t>,
         key: &str,
-        range: std::ops::RangeInclusive<u8>,
+        range: std::ops::RangeInclusive<N>,
         what: &str,
-    ) -> Option<u8> {
+    ) -> Option<N>
+    where
+        N: TryFrom<u64> + PartialOrd + std::fmt::Display,
+    {
         let value = self.value(section, key)?.get_ref();
-        let number = value.as_integer().and_then(|n| u8::from_str_radix(n.as_str(), n.radix()).ok());
-        let number = number.filter(|number| range.contains(number));
+        let number = value.as_integer().and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok());
+        let number =
+            number.and_then(|number| N::try_from(number).ok()).filter(|number| range.contains(number));
         if number.is_none() {
             self.refuse(
                 section,
@@ -162,6 +166,11 @@ impl<'t> Reader<'t> {
                 None
             }
         }
+    }
+
+    /// Whether `key` is given, rightly or wrongly.
+    pub fn is_given(&self, section: &Section<'t>, key: &str) -> bool {
+        self.value(section, key).is_some()
     }
 
     /// Notes that the value of `key` is wrong because of what `message` says.

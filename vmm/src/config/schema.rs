@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
 use super::error::{Error, Problem};
-use super::model::{Backing, Boot, Config, Cpu, CpuModel, Disk, Memory, Net, Serial};
+use super::model::{Backing, Boot, Config, Cpu, CpuModel, Memory, Net, Serial};
 use super::reader::{self, Keys, Reader, Section};
-use super::{address, size};
+use super::{address, disk, size};
 use crate::interrupt;
 
 /// Longest configuration, in bytes.
@@ -23,8 +23,6 @@ const MEMORY_MAX: u64 = 256 << 30;
 const MEMORY_STEP: u64 = 2 << 20;
 const MEMORY_DEFAULT: u64 = 256 << 20;
 const VCPUS_MAX: u8 = 64;
-/// Longest serial number of a disk (virtio 1.2, section 5.2.6), in characters.
-const SERIAL_MAX: usize = 20;
 /// Longest name of a network interface (`IFNAMSIZ` less its terminator), in bytes.
 const TAP_MAX: usize = 15;
 /// Longest name of a guest, in characters.
@@ -37,7 +35,6 @@ const TOP: Keys =
 const BOOT: Keys = Keys { known: &["kernel", "initrd", "cmdline"], later: &[] };
 const CPU: Keys = Keys { known: &["count", "model"], later: &["shares", "min", "max"] };
 const MEMORY: Keys = Keys { known: &["size", "backing"], later: &["min", "shares"] };
-const DISK: Keys = Keys { known: &["path", "mode", "readonly", "serial"], later: &["shares"] };
 const NET: Keys =
     Keys { known: &["tap", "mac", "host_address"], later: &["switch", "vlan", "average", "peak", "burst"] };
 const SERIAL: Keys = Keys { known: &["output"], later: &[] };
@@ -126,7 +123,7 @@ fn config<'t>(
     let boot = boot(reader, &top, base);
     let cpu = cpu(reader, &top);
     let memory = memory(reader, &top);
-    let disks = disks(reader, &top, base);
+    let disks = disk::disks(reader, &top, base, cpu.count);
     let nets = nets(reader, &top, name.as_deref().unwrap_or_default());
     let serial = serial(reader, &top, base);
     let rng = reader.boolean(&top, "rng").unwrap_or(true);
@@ -160,7 +157,7 @@ fn name<'t>(reader: &mut Reader<'t>, top: &Section<'t>, file: &Path) -> Option<S
 }
 
 /// The file at `text`, seen from the configuration.
-fn file(base: &Path, text: &str) -> Result<PathBuf, String> {
+pub(super) fn file(base: &Path, text: &str) -> Result<PathBuf, String> {
     if text.is_empty() || text.contains('\0') {
         Err("has to be the path of a file".to_owned())
     } else {
@@ -214,38 +211,6 @@ fn memory<'t>(reader: &mut Reader<'t>, top: &Section<'t>) -> Memory {
         _ => Err("has to be one of \"anonymous\", \"memfd\", \"hugetlbfs\"".to_owned()),
     });
     Memory { size: size.unwrap_or(MEMORY_DEFAULT), backing: backing.unwrap_or_default() }
-}
-
-fn disks<'t>(reader: &mut Reader<'t>, top: &Section<'t>, base: &Path) -> Vec<Disk> {
-    let mut disks: Vec<Disk> = Vec::new();
-    for (index, section) in reader.sections(top, "disk", DISK).into_iter().enumerate() {
-        reader.missing(&section, "path", "it names the file or block device");
-        let path = reader.parsed(&section, "path", |text| file(base, text));
-        let readonly = reader.boolean(&section, "readonly").unwrap_or(false);
-        reader.parsed(&section, "mode", |text| match text {
-            "persistent" => Ok(()),
-            "nonpersistent" | "undoable" | "append" => Err("is not supported yet".to_owned()),
-            _ => {
-                Err("has to be one of \"persistent\", \"nonpersistent\", \"undoable\", \"append\"".to_owned())
-            }
-        });
-        let serial = reader.parsed(&section, "serial", |text| {
-            if text.is_empty() || text.len() > SERIAL_MAX || !text.bytes().all(|b| b.is_ascii_graphic()) {
-                return Err(format!("a serial number is 1 to {SERIAL_MAX} ASCII characters without spaces"));
-            }
-            Ok(text.to_owned())
-        });
-        let Some(path) = path else { continue };
-        if disks.iter().any(|other| other.path == path && !(other.readonly && readonly)) {
-            reader.refuse(
-                &section,
-                "path",
-                "another disk of this guest is the same file; both would have to be readonly",
-            );
-        }
-        disks.push(Disk { path, readonly, serial: serial.unwrap_or_else(|| format!("disk{index}")) });
-    }
-    disks
 }
 
 fn nets<'t>(reader: &mut Reader<'t>, top: &Section<'t>, name: &str) -> Vec<Net> {

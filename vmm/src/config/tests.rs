@@ -1,10 +1,13 @@
 //! Configurations as users write them, right and wrong.
 
 use std::path::Path;
+use std::time::Duration;
 
 use proptest::prelude::*;
+use vmfs_image::{Cache, Format};
 
-use super::model::{Backing, CpuModel, Serial};
+use super::disk::check_limits;
+use super::model::{AtPowerOff, Backing, CpuModel, Limits, Mode, OnError, Serial};
 use super::schema::interpret;
 use super::{Error, load};
 
@@ -49,8 +52,16 @@ size = "256G"
 backing = "hugetlbfs"
 [[disk]]
 path = "db.img"
-mode = "persistent"
+mode = "undoable"
 serial = "DB0001"
+format = "thin"
+cache = "none"
+queues = 8
+on_error = "pause"
+iops = 500
+bandwidth = "100M"
+burst = "2s"
+at_power_off = "commit"
 [[disk]]
 path = "ro.img"
 readonly = true
@@ -71,6 +82,14 @@ output = "file:console.log"
     assert_eq!(config.disks[0].serial, "DB0001");
     assert_eq!(config.disks[1].serial, "disk1");
     assert!(!config.disks[0].readonly && config.disks[1].readonly);
+    let disk = &config.disks[0];
+    assert_eq!((disk.mode, disk.format, disk.cache), (Mode::Undoable, Some(Format::Thin), Cache::None));
+    assert_eq!((disk.queues, disk.on_error, disk.at_power_off), (8, OnError::Pause, AtPowerOff::Commit));
+    let limits = Limits { iops: Some(500), bandwidth: Some(100 << 20), burst: Some(Duration::from_secs(2)) };
+    assert_eq!(disk.limits, limits);
+    let disk = &config.disks[1];
+    assert_eq!((disk.mode, disk.format, disk.cache), (Mode::Persistent, None, Cache::Writeback));
+    assert_eq!((disk.queues, disk.on_error, disk.limits), (4, OnError::Report, Limits::default()));
     assert_eq!(config.nets[0].mac, [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
     assert_eq!(config.nets[0].host_address.map(|a| a.1), Some(24));
     assert_eq!(&config.nets[1].mac[..2], [0x52, 0x54]);
@@ -107,8 +126,8 @@ fn keys_of_the_format_that_come_later_are_refused_by_name() {
         let problem = only_problem(&format!("[boot]\nkernel = \"k\"\n[[net]]\ntap = \"t\"\n{line}\n"));
         assert!(problem.ends_with("is not supported yet") && problem.starts_with("5:1: net.0."), "{problem}");
     }
-    let modes = only_problem("[boot]\nkernel = \"k\"\n[[disk]]\npath = \"d\"\nmode = \"undoable\"\n");
-    assert_eq!(modes, "5:8: disk.0.mode = \"undoable\": is not supported yet");
+    let shares = only_problem("[boot]\nkernel = \"k\"\n[[disk]]\npath = \"d\"\nshares = \"low\"\n");
+    assert_eq!(shares, "5:1: disk.0.shares: is not supported yet");
 }
 
 #[test]
@@ -128,6 +147,28 @@ fn impossible_values_are_refused_with_what_would_be_right() {
         ("[[disk]]\npath = \"a\"\nserial = \"123456789012345678901\"", "1 to 20"),
         ("[[disk]]\npath = \"a\"\nmode = \"volatile\"", "\"nonpersistent\""),
         ("[[disk]]\nreadonly = true", "disk.0.path: is missing"),
+        (
+            "[[disk]]\npath = \"a\"\nmode = \"append\"\nreadonly = true",
+            "disk.0.mode = \"append\": is about what",
+        ),
+        ("[[disk]]\npath = \"a\"\nformat = \"raw\"", "\"flat\""),
+        ("[[disk]]\npath = \"a\"\ncache = \"writethrough\"", "\"unsafe\""),
+        ("[[disk]]\npath = \"a\"\nqueues = 0", "of queues from 1 to 16"),
+        ("[[disk]]\npath = \"a\"\nqueues = 17", "of queues from 1 to 16"),
+        ("[[disk]]\npath = \"a\"\nqueues = 65537", "of queues from 1 to 16"),
+        ("[[disk]]\npath = \"a\"\non_error = \"stop\"", "\"pause\""),
+        ("[[disk]]\npath = \"a\"\niops = 0", "from 1 to 10000000"),
+        ("[[disk]]\npath = \"a\"\niops = \"500\"", "of requests a second from 1"),
+        ("[[disk]]\npath = \"a\"\nbandwidth = \"1K\"", "from 4K to 1T bytes a second"),
+        ("[[disk]]\npath = \"a\"\nbandwidth = \"2T\"", "from 4K to 1T bytes a second"),
+        ("[[disk]]\npath = \"a\"\nbandwidth = 100", "has to be a string"),
+        ("[[disk]]\npath = \"a\"\niops = 5\nburst = \"0ms\"", "from 1ms to 60s"),
+        ("[[disk]]\npath = \"a\"\niops = 5\nburst = \"61s\"", "from 1ms to 60s"),
+        ("[[disk]]\npath = \"a\"\niops = 5\nburst = \"5\"", "as in \"2s\""),
+        ("[[disk]]\npath = \"a\"\nburst = \"1s\"", "disk.0.burst = \"1s\": means nothing without"),
+        ("[[disk]]\npath = \"a\"\nmode = \"undoable\"\nat_power_off = \"burn\"", "\"discard\""),
+        ("[[disk]]\npath = \"a\"\nat_power_off = \"keep\"", "mode = \"undoable\" only"),
+        ("[[disk]]\npath = \"a\"\nmode = \"append\"\nat_power_off = \"ask\"", "mode = \"undoable\" only"),
         ("disk = 5", "begun by [[disk]]"),
         ("[[net]]\nmac = \"52:54:00:12:34:56\"", "net.0.tap: is missing"),
         ("[[net]]\ntap = \"a/b\"", "1 to 15"),
@@ -150,6 +191,11 @@ fn second_use_of_a_disk_tap_or_address_is_refused() {
         only_problem(&format!("[boot]\nkernel = \"k\"\n[[{section}]]\n{first}\n[[{section}]]\n{second}\n"))
     };
     assert!(twice("disk", "path = \"a\"", "path = \"a\"\nreadonly = true").contains("disk.1.path"));
+    let modes = twice("disk", "path = \"a\"\nmode = \"nonpersistent\"", "path = \"a\"\nmode = \"undoable\"");
+    assert!(modes.contains("readonly or nonpersistent"), "{modes}");
+    let nonpersistent = "[[disk]]\npath = \"a\"\nmode = \"nonpersistent\"\n";
+    let text = format!("[boot]\nkernel = \"k\"\n{nonpersistent}{nonpersistent}");
+    assert_eq!(interpret(Path::new(FILE), &text).unwrap().0.disks.len(), 2);
     assert!(twice("net", "tap = \"a\"", "tap = \"a\"").contains("net.1.tap"));
     let mac = "mac = \"52:54:00:00:00:01\"";
     let problem = twice("net", &format!("tap = \"a\"\n{mac}"), &format!("tap = \"b\"\n{mac}"));
@@ -235,6 +281,15 @@ fn line() -> impl Strategy<Value = String> {
         Just("rng"),
         Just("mode"),
         Just("serial"),
+        Just("readonly"),
+        Just("format"),
+        Just("cache"),
+        Just("queues"),
+        Just("on_error"),
+        Just("iops"),
+        Just("bandwidth"),
+        Just("burst"),
+        Just("at_power_off"),
     ];
     let value = prop_oneof![
         Just("\"a\"".to_owned()),
@@ -244,6 +299,9 @@ fn line() -> impl Strategy<Value = String> {
         Just("[]".to_owned()),
         Just("{}".to_owned()),
         Just("\"52:54:00:00:00:01\"".to_owned()),
+        Just("\"undoable\"".to_owned()),
+        Just("\"commit\"".to_owned()),
+        Just("\"2s\"".to_owned()),
         "\\PC{0,12}",
     ];
     (key, value).prop_map(|(k, v)| if k.starts_with('[') { k.to_owned() } else { format!("{k} = {v}") })
@@ -260,6 +318,25 @@ proptest! {
                 prop_assert!(!problem.message.is_empty());
             }
         }
+    }
+
+    #[test]
+    fn limits_that_stand_in_a_file_are_those_that_pass_the_check(
+        iops in prop::option::of(prop_oneof![0_u64..3, 9_999_999_u64..10_000_002]),
+        kib in prop::option::of(prop_oneof![1_u64..9, (1_u64 << 30) - 1..(1 << 30) + 2]),
+        ms in prop::option::of(prop_oneof![0_u64..3, 59_999_u64..60_002]),
+    ) {
+        let line = |key: &str, value: Option<String>| value.map_or(String::new(), |value| format!("{key} = {value}\n"));
+        let text = [
+            "[boot]\nkernel = \"k\"\n[[disk]]\npath = \"a\"\n".to_owned(),
+            line("iops", iops.map(|iops| iops.to_string())),
+            line("bandwidth", kib.map(|kib| format!("\"{kib}K\""))),
+            line("burst", ms.map(|ms| format!("\"{ms}ms\""))),
+        ];
+        let read = interpret(Path::new(FILE), &text.concat()).map(|(config, _)| config.disks[0].limits);
+        let limits = Limits { iops, bandwidth: kib.map(|kib| kib << 10), burst: ms.map(Duration::from_millis) };
+        prop_assert_eq!(read.is_ok(), check_limits(&limits).is_ok());
+        prop_assert_eq!(read.unwrap_or(limits), limits);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use devices::virtio::block::{Disk, Raw};
 use devices::virtio::net::Tap;
 
 use crate::boot::{self, Initrd, Kernel};
+use crate::config::model::Mode;
 use crate::config::{Error, Loaded, Problem};
 use crate::memory;
 
@@ -41,6 +42,9 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
     }
     let mut disks = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
+        if disk.mode != Mode::Persistent {
+            problems.push(loaded.problem(&format!("disk.{index}.mode"), "is not supported yet"));
+        }
         let raw = Raw::open(&disk.path, disk.readonly);
         if let Some(raw) = note(&mut problems, loaded, &format!("disk.{index}.path"), raw) {
             disks.push(OpenDisk {
