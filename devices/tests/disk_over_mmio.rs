@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
-use devices::virtio::block::{Block, Raw};
+use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::mmio::{MmioTransport, WINDOW};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -40,8 +40,10 @@ impl Guest {
     fn new(image: &tempfile::NamedTempFile) -> Self {
         let memory = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap());
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let disk = Arc::new(Raw::open(image.path(), false).unwrap());
-        let block = Box::new(Block::new(disk, false, "end-to-end"));
+        let how = vmfs_image::OpenOptions { writable: true, ..Default::default() };
+        let disk = vmfs_image::open(image.path(), &how).unwrap();
+        let options = BlockOptions { serial: "end-to-end".to_owned(), ..BlockOptions::default() };
+        let block = Box::new(Block::new(disk, options).0);
         let interrupt = Arc::new(line.try_clone().unwrap());
         let transport = Arc::new(MmioTransport::new(block, memory.clone(), interrupt).unwrap());
         let mut bus = Bus::default();

@@ -122,12 +122,22 @@ impl<W: Work> Worker<W> {
     /// # Errors
     ///
     /// No descriptors or no thread are to be had, or `work` cannot watch what it needs.
-    pub fn spawn(name: &str, mut work: W) -> io::Result<Self> {
+    pub fn spawn(name: &str, work: W) -> io::Result<Self> {
+        Self::spawn_as(name, work, false)
+    }
+
+    /// As [`spawn`](Self::spawn); with `held`, the work begins once the thread was told to [`resume`](Self::resume).
+    ///
+    /// # Errors
+    ///
+    /// As with `spawn`.
+    pub fn spawn_as(name: &str, mut work: W, held: bool) -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let poll = Poll(Epoll::new()?);
         poll.add(event.as_raw_fd(), EventSet::IN, CONTROL)?;
         work.watch(&poll)?;
-        let state = State { wish: Wish::Run, paused: false, ended: false };
+        let wish = if held { Wish::Pause } else { Wish::Run };
+        let state = State { wish, paused: false, ended: false };
         let control = Arc::new(Control { state: Mutex::new(state), changed: Condvar::new(), event });
         let shared = control.clone();
         let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -172,6 +182,9 @@ impl<W> Drop for Worker<W> {
 
 fn run<W: Work>(work: &mut W, poll: &Poll, control: &Control) {
     let mut events = [EpollEvent::default(); BATCH];
+    if hold(work, control) == Wish::Stop {
+        return;
+    }
     work.catch_up(poll);
     loop {
         let count = match poll.0.wait(-1, &mut events) {

@@ -7,7 +7,7 @@ use devices::legacy::power::{self, Power};
 use devices::legacy::reset::{self, I8042};
 use devices::legacy::serial::{self, Serial};
 use devices::legacy::{Host, Request};
-use devices::virtio::block::{Block, SECTOR};
+use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
@@ -16,7 +16,7 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::console::Console;
 use super::ending::{Ending, Outcome};
-use super::files::Files;
+use super::files::{Files, OpenDisk};
 use super::slots::Slots;
 use super::{Error, host};
 use crate::config::model::Config;
@@ -87,9 +87,11 @@ pub fn build(
     ports.insert(reset::PORT_BASE, reset::PORT_COUNT, Arc::new(I8042::new(ending.clone())))?;
 
     let mut slots = Slots::default();
-    let sizes = files.disks.iter().map(|disk| disk.disk.sectors() * SECTOR).collect();
+    let sizes = files.disks.iter().map(|disk| disk.image.size()).collect();
     for disk in files.disks {
-        let block = Block::new(disk.disk, disk.readonly, &disk.serial);
+        let OpenDisk { image, readonly, serial } = disk;
+        let (block, _control) =
+            Block::new(image, BlockOptions { readonly, serial, ..BlockOptions::default() });
         slots.add(&vm, &mut mmio, &ram, Box::new(block))?;
     }
     for (tap, mac) in files.taps {

@@ -4,8 +4,8 @@ use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
 
-use devices::virtio::block::{Disk, Raw};
 use devices::virtio::net::Tap;
+use vmfs_image::{Format, Image, OpenOptions};
 
 use crate::boot::{self, Initrd, Kernel};
 use crate::config::model::Mode;
@@ -15,7 +15,7 @@ use crate::memory;
 /// A disk and how its guest sees it.
 #[derive(Debug)]
 pub struct OpenDisk {
-    pub disk: Arc<dyn Disk>,
+    pub image: Arc<dyn Image>,
     pub readonly: bool,
     pub serial: String,
 }
@@ -45,13 +45,15 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
         if disk.mode != Mode::Persistent {
             problems.push(loaded.problem(&format!("disk.{index}.mode"), "is not supported yet"));
         }
-        let raw = Raw::open(&disk.path, disk.readonly);
-        if let Some(raw) = note(&mut problems, loaded, &format!("disk.{index}.path"), raw) {
-            disks.push(OpenDisk {
-                disk: Arc::new(raw),
-                readonly: disk.readonly,
-                serial: disk.serial.clone(),
-            });
+        let how = OpenOptions {
+            writable: !disk.readonly,
+            format: Some(Format::Flat),
+            owner: Some(config.name.clone()),
+            ..OpenOptions::default()
+        };
+        let image = vmfs_image::open(&disk.path, &how);
+        if let Some(image) = note(&mut problems, loaded, &format!("disk.{index}.path"), image) {
+            disks.push(OpenDisk { image, readonly: disk.readonly, serial: disk.serial.clone() });
         }
     }
     // Opening a tap may make one, which is nothing to be done for a guest that is refused anyway.

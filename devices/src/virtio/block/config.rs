@@ -20,8 +20,8 @@ pub struct Space([u8; LEN]);
 
 impl Space {
     /// Describes a disk of `sectors` sectors whose storage works in blocks of `block_size` bytes, to a driver that may
-    /// use `segments` pieces a request.
-    pub fn new(sectors: u64, block_size: u32, segments: u32) -> Self {
+    /// use `segments` pieces a request and `queues` queues.
+    pub fn new(sectors: u64, block_size: u32, segments: u32, queues: u16) -> Self {
         let mut space = Self([0; LEN]);
         space.put(0, &sectors.to_le_bytes());
         space.put(8, &MAX_PIECE.to_le_bytes()); // size_max
@@ -31,6 +31,7 @@ impl Space {
         // reading first. Page caches and today's devices work in 4 KiB.
         let exponent = (4096 / block_size.clamp(512, 4096)).trailing_zeros();
         space.put(24, &exponent.to_le_bytes()[..1]);
+        space.put(34, &queues.to_le_bytes()); // num_queues
         space.put(36, &MAX_DISCARD_SECTORS.to_le_bytes()); // max_discard_sectors
         space.put(40, &MAX_RANGES.to_le_bytes()); // max_discard_seg
         space.put(44, &8_u32.to_le_bytes()); // discard_sector_alignment: 4 KiB

@@ -4,47 +4,48 @@ use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use vmfs_image::Image;
+
+use super::SECTOR;
 use super::config::Space;
-use super::disk::Disk;
+use super::control::BlockControl;
+use super::options::{BlockOptions, MAX_QUEUES};
 use super::request::{ID_LEN, Target};
+use super::shared::Shared;
 use super::worker::Server;
 use crate::virtio::device::{Activation, VirtioDevice};
-use crate::virtio::log_limit::LogLimit;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::Worker;
 
-const QUEUE_SIZES: [u16; 1] = [256];
+const QUEUE_SIZE: u16 = 256;
 /// Data pieces a request may have: the queue, less header and status.
 pub(super) const SEGMENTS: u32 = 254;
 
 /// A virtio disk.
 #[derive(Debug)]
 pub struct Block {
-    disk: Arc<dyn Disk>,
-    readonly: bool,
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
     id: [u8; ID_LEN],
-    space: Space,
-    /// Of all drivers that come and go.
-    failures: Arc<LogLimit>,
-    worker: Option<Worker<Server>>,
 }
 
 impl Block {
-    /// A disk that shows `disk`, under the serial number `serial` (its first 20 bytes).
+    /// A disk that shows `image`, and by what it is controlled.
     #[must_use]
-    pub fn new(disk: Arc<dyn Disk>, readonly: bool, serial: &str) -> Self {
+    pub fn new(image: Arc<dyn Image>, options: BlockOptions) -> (Self, BlockControl) {
         let mut id = [0; ID_LEN];
-        let len = serial.len().min(ID_LEN);
-        id[..len].copy_from_slice(&serial.as_bytes()[..len]);
-        let space = Space::new(disk.sectors(), disk.block_size(), SEGMENTS);
-        Self { disk, readonly, id, space, failures: Arc::default(), worker: None }
+        let len = options.serial.len().min(ID_LEN);
+        id[..len].copy_from_slice(&options.serial.as_bytes()[..len]);
+        let queue_sizes = vec![QUEUE_SIZE; options.queues.clamp(1, MAX_QUEUES).into()];
+        let shared = Arc::new(Shared::new(image, options));
+        (Self { shared: shared.clone(), queue_sizes, id }, BlockControl(shared))
     }
 }
 
@@ -54,11 +55,11 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
-        let access = if self.readonly {
+        let access = if self.shared.options.readonly {
             1 << VIRTIO_BLK_F_RO
         } else {
             1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
@@ -72,38 +73,63 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | u64::from(self.queue_sizes.len() > 1) << VIRTIO_BLK_F_MQ
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.space.read(offset, data);
+        let image = self.shared.image();
+        let queues = u16::try_from(self.queue_sizes.len()).unwrap_or(1);
+        Space::new(image.size() / SECTOR, image.block_size(), SEGMENTS, queues).read(offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         let Activation { memory, features, queues, interrupt } = activation;
-        if let Some(queue) = queues.into_iter().next() {
-            let queue = DeviceQueue::new(queue, memory, interrupt);
+        let mut threads = self.shared.threads();
+        for queue in queues {
+            let name = format!("block{}", queue.index);
             let target = Target {
-                disk: self.disk.clone(),
-                readonly: self.readonly,
+                image: None,
+                shared: self.shared.clone(),
                 write_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
                 id: self.id,
-                failures: self.failures.clone(),
             };
-            self.worker = Some(Worker::spawn("block", Server { queue, target })?);
+            let queue = DeviceQueue::new(queue, memory.clone(), interrupt.clone());
+            match Worker::spawn_as(&name, Server { queue, target }, threads.held()) {
+                Ok(worker) => threads.workers.push(worker),
+                Err(error) => {
+                    threads.workers.clear();
+                    return Err(error);
+                }
+            }
         }
+        threads.interrupt = Some(interrupt);
         Ok(())
     }
 
     fn pause(&mut self) {
-        self.worker.iter().for_each(Worker::pause);
+        let mut threads = self.shared.threads();
+        threads.paused = true;
+        threads.follow();
     }
 
     fn resume(&mut self) {
-        self.worker.iter().for_each(Worker::resume);
+        let mut threads = self.shared.threads();
+        threads.paused = false;
+        threads.follow();
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        let mut threads = self.shared.threads();
+        threads.paused = false;
+        threads.interrupt = None;
+        threads.workers.clear();
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // The threads keep what they share with this alive, and so themselves.
+        self.reset();
     }
 }
 

@@ -1,6 +1,5 @@
 use super::*;
-use crate::virtio::block::{Raw, SECTOR};
-use crate::virtio::chain::Buffers;
+use crate::virtio::block::SECTOR;
 use crate::virtio::test_driver::{Buffer, Driver, MEMORY, SIZE, Used};
 use proptest::prelude::*;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -8,6 +7,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::VolatileSlice;
+use vmfs_image::{Format, Identity, Info, OpenOptions, Run, RunKind};
 
 const SECTORS: u64 = 2048;
 
@@ -19,8 +20,13 @@ fn image() -> tempfile::NamedTempFile {
 }
 
 fn driver(image: &tempfile::NamedTempFile, readonly: bool) -> Driver {
-    let disk = Arc::new(Raw::open(image.path(), readonly).unwrap());
-    Driver::new(Box::new(Block::new(disk, readonly, "serial-1")))
+    Driver::new(Box::new(open(image, readonly).0))
+}
+
+fn open(image: &tempfile::NamedTempFile, readonly: bool) -> (Block, BlockControl) {
+    let how = OpenOptions { writable: !readonly, ..OpenOptions::default() };
+    let image = vmfs_image::open(image.path(), &how).unwrap();
+    Block::new(image, BlockOptions { readonly, serial: "serial-1".to_owned(), ..BlockOptions::default() })
 }
 
 fn header(kind: u32, sector: u64) -> Buffer {
@@ -178,20 +184,26 @@ impl Fake {
     }
 }
 
-impl Disk for Fake {
+impl Image for Fake {
     fn path(&self) -> &Path {
         Path::new("fake.img")
     }
-    fn sectors(&self) -> u64 {
-        SECTORS
+    fn format(&self) -> Format {
+        Format::Flat
+    }
+    fn size(&self) -> u64 {
+        SECTORS * SECTOR
     }
     fn block_size(&self) -> u32 {
         512
     }
-    fn read(&self, _: u64, _: &Buffers<'_>) -> io::Result<()> {
+    fn is_writable(&self) -> bool {
+        true
+    }
+    fn read_at(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
         Self::answer(&self.fail_data)
     }
-    fn write(&self, _: u64, _: &Buffers<'_>) -> io::Result<()> {
+    fn write_at(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
         Self::answer(&self.fail_data)
     }
     fn flush(&self) -> io::Result<()> {
@@ -204,6 +216,24 @@ impl Disk for Fake {
     fn discard(&self, _: u64, _: u64) -> io::Result<()> {
         Self::answer(&self.fail_data)
     }
+    fn run(&self, _: u64, len: u64) -> io::Result<Run> {
+        Ok(Run { len, kind: RunKind::Data })
+    }
+    fn grow(&self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn info(&self) -> io::Result<Info> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn identity(&self) -> io::Result<Identity> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+fn fake() -> (Arc<Fake>, Block, BlockControl) {
+    let image = Arc::new(Fake::default());
+    let (block, control) = Block::new(image.clone(), BlockOptions::default());
+    (image, block, control)
 }
 
 fn write_one(driver: &mut Driver) -> u8 {
@@ -212,8 +242,7 @@ fn write_one(driver: &mut Driver) -> u8 {
 
 #[test]
 fn driver_that_knows_no_flush_is_told_of_a_write_only_when_it_is_stable() {
-    let disk = Arc::new(Fake::default());
-    let block = Block::new(disk.clone(), false, "");
+    let (disk, block, _control) = fake();
     let without = block.features() & !(1 << VIRTIO_BLK_F_FLUSH);
     let mut driver = Driver::with_features(Box::new(block), without);
     assert_eq!(write_one(&mut driver), 0);
@@ -226,8 +255,8 @@ fn driver_that_knows_no_flush_is_told_of_a_write_only_when_it_is_stable() {
 
 #[test]
 fn driver_that_knows_flush_decides_itself_when_to() {
-    let disk = Arc::new(Fake::default());
-    let mut driver = Driver::new(Box::new(Block::new(disk.clone(), false, "")));
+    let (disk, block, _control) = fake();
+    let mut driver = Driver::new(Box::new(block));
     assert_eq!(write_one(&mut driver), 0);
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
     disk.fail_flush.store(true, Ordering::SeqCst);
@@ -236,8 +265,8 @@ fn driver_that_knows_flush_decides_itself_when_to() {
 
 #[test]
 fn failing_storage_fails_each_request_and_works_again_when_it_does() {
-    let disk = Arc::new(Fake::default());
-    let mut driver = Driver::new(Box::new(Block::new(disk.clone(), false, "")));
+    let (disk, block, _control) = fake();
+    let mut driver = Driver::new(Box::new(block));
     for (fail, wanted) in [(true, 1), (false, 0)] {
         disk.fail_data.store(fail, Ordering::SeqCst);
         assert_eq!(write_one(&mut driver), wanted);

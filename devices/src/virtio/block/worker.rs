@@ -33,7 +33,12 @@ impl Work for Server {
         });
     }
 
+    fn drain(&mut self) {
+        self.target.image = None;
+    }
+
     fn catch_up(&mut self, poll: &Poll) {
+        self.target.image = Some(self.target.shared.image());
         self.ready(KICK, poll);
     }
 }
