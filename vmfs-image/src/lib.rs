@@ -12,6 +12,7 @@ pub mod flat;
 pub mod image;
 pub mod lock;
 pub mod open;
+pub mod thin;
 mod transfer;
 
 pub use image::{Access, Error, Extent, Format, Identity, Image, Info, Place, Run, RunKind, Ticket};
