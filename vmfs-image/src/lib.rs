@@ -9,6 +9,8 @@
 //! ```
 
 pub mod flat;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod image;
 pub mod lock;
 pub mod open;
