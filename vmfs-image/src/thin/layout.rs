@@ -355,7 +355,7 @@ impl Superblock {
             WHAT,
             "the size of the disk",
             size,
-            size % SECTOR == 0 && (SECTOR..=MAX_SIZE).contains(&size),
+            size.is_multiple_of(SECTOR) && (SECTOR..=MAX_SIZE).contains(&size),
             "a multiple of 512 up to 2^50",
         )?;
         let end = block.end;
@@ -363,7 +363,7 @@ impl Superblock {
             WHAT,
             "the end",
             end,
-            end % cluster == 0 && end >= cluster && end / cluster <= MAX_CLUSTERS,
+            end.is_multiple_of(cluster) && end >= cluster && end / cluster <= MAX_CLUSTERS,
             "1 to 2^32 whole clusters",
         )?;
         field(
@@ -411,7 +411,7 @@ fn check_list(name: &'static str, list: ListRef, cluster: u64, end: u64) -> Resu
     let ok = if list.entries == 0 {
         list.offset == 0 && list.crc == 0
     } else {
-        list.offset % PAGE_U64 == 0
+        list.offset.is_multiple_of(PAGE_U64)
             && list.offset >= cluster
             && list.offset.checked_add(bytes).is_some_and(|behind| behind <= end)
     };
@@ -448,10 +448,10 @@ fn decode_backing(page: &[u8; PAGE]) -> Result<Option<Backing>, Bad> {
     reserved(WHAT, padding)?;
     field(WHAT, "a byte of the backing's path", 0, !path.contains(&0), "1 to 255")?;
     let size = u64_at(page, 88);
-    let ok = size % SECTOR == 0 && size <= MAX_SIZE;
+    let ok = size.is_multiple_of(SECTOR) && size <= MAX_SIZE;
     field(WHAT, "the size of the backing", size, ok, "a multiple of 512 up to 2^50")?;
     let visible = u64_at(page, 120);
-    let ok = visible % SECTOR == 0 && visible <= size;
+    let ok = visible.is_multiple_of(SECTOR) && visible <= size;
     field(WHAT, "what is seen of the backing", visible, ok, "a multiple of 512 up to its size")?;
     let mut id = [0; 16];
     id.copy_from_slice(&page[96..112]);
@@ -493,7 +493,7 @@ fn decode_ref(what: &'static str, entry: &[u8], cluster_bits: u8, end: u64) -> R
     let ok = if offset == 0 {
         reference.crc == 0
     } else {
-        offset % PAGE_U64 == 0 && offset >= 1 << cluster_bits && offset < end
+        offset.is_multiple_of(PAGE_U64) && offset >= 1 << cluster_bits && offset < end
     };
     let right = "a multiple of 4096 between the first cluster and the end, or nothing";
     field(what, "the offset of a page", offset, ok, right)?;
@@ -557,11 +557,11 @@ pub(crate) fn decode_free(
         .chunks_exact(16)
         .map(|entry| {
             let extent = FreeExtent { offset: u64_at(entry, 0), len: u64_at(entry, 8) };
-            let ok = extent.offset % PAGE_U64 == 0 && extent.offset >= least;
+            let ok = extent.offset.is_multiple_of(PAGE_U64) && extent.offset >= least;
             let right = "a multiple of 4096 behind the end of the one before";
             field(WHAT, "the offset of an extent", extent.offset, ok, right)?;
             let behind = extent.offset.checked_add(extent.len).filter(|behind| *behind <= end);
-            let ok = extent.len % PAGE_U64 == 0 && extent.len > 0 && behind.is_some();
+            let ok = extent.len.is_multiple_of(PAGE_U64) && extent.len > 0 && behind.is_some();
             field(WHAT, "the length of an extent", extent.len, ok, "a multiple of 4096 up to the end")?;
             least = behind.unwrap_or(end).saturating_add(PAGE_U64);
             Ok(extent)
