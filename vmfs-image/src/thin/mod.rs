@@ -50,7 +50,7 @@ use crate::image::Image;
 use crate::lock::Lock;
 
 pub use layout::Backing;
-pub use open::{Create, create, peek_backing, set_backing};
+pub use open::{Create, create, peek_backing, peek_size, set_backing};
 
 use state::State;
 use storage::Storage;

@@ -149,6 +149,17 @@ pub fn peek_backing(path: &Path) -> Result<Option<Backing>, Error> {
     Ok(read_super(&storage, path)?.1.backing)
 }
 
+/// Size as a disk of the image at `path`, in bytes. Nothing is locked.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn peek_size(path: &Path) -> Result<u64, Error> {
+    let opened = Opened::without_lock(path, false)?;
+    let storage = FileStorage::new(opened.file, None, true);
+    Ok(read_super(&storage, path)?.1.size)
+}
+
 /// Notes another backing in the image at `path`, which nobody has open; the one noted so far need not be there, and nothing
 /// is compared. `None` says that it needs none any more.
 ///

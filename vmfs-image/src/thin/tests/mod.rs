@@ -1,7 +1,10 @@
 //! Thin images against a model: the bytes that the disk ought to have.
 
 mod model;
+mod quota;
 mod single;
+mod speed;
+mod threads;
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
