@@ -40,6 +40,9 @@ pub(crate) enum Bad {
     /// It does not begin with its magic.
     #[error("the {0} does not begin with its magic")]
     Magic(&'static str),
+    /// A superblock of the other page.
+    #[error("the superblock of generation {0} is in the page of those before and after it")]
+    Slot(u64),
     /// The checksum is another.
     #[error("the {what} has checksum {found:#010x}, and its bytes come to {right:#010x}")]
     Checksum {
@@ -324,17 +327,21 @@ impl Superblock {
         page
     }
 
-    /// Takes the superblock in page `1 + slot` apart. [`Bad::Magic`] and [`Bad::Checksum`] are those of one that was
-    /// never written, or that a power loss has torn; anything else is damage.
+    /// Takes the superblock in page `1 + slot` apart. [`Bad::Magic`], [`Bad::Checksum`] and [`Bad::Slot`] are
+    /// those of one that was never written, or that a power loss has torn; anything else is damage.
     pub(crate) fn decode(page: &[u8; PAGE], header: &Header, slot: u64) -> Result<Self, Bad> {
         const WHAT: &str = "superblock";
         if &page[..8] != SUPER_MAGIC {
             return Err(Bad::Magic(WHAT));
         }
         verify(WHAT, &page[..PAGE - 4], u32_at(page, PAGE - 4))?;
+        let generation = u64_at(page, 8);
+        if generation % 2 != slot {
+            return Err(Bad::Slot(generation));
+        }
         let cluster = 1 << header.cluster_bits;
         let block = Self {
-            generation: u64_at(page, 8),
+            generation,
             size: u64_at(page, 16),
             max_size: u64_at(page, 24),
             end: u64_at(page, 32),
@@ -343,13 +350,7 @@ impl Superblock {
             mapped: u64_at(page, 72),
             backing: decode_backing(page)?,
         };
-        field(
-            WHAT,
-            "the generation",
-            block.generation,
-            block.generation % 2 == slot && block.generation < u64::MAX,
-            "even in page 1, odd in page 2",
-        )?;
+        field(WHAT, "the generation", block.generation, block.generation < u64::MAX, "less than 2^64 - 1")?;
         let size = block.size;
         field(
             WHAT,

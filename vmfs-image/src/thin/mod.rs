@@ -50,6 +50,8 @@ use crate::image::Image;
 use crate::lock::Lock;
 
 pub use layout::Backing;
+#[cfg(any(test, feature = "fuzzing"))]
+pub use open::open_memory;
 pub use open::{Create, create, peek_backing, peek_size, set_backing};
 
 use state::State;

@@ -177,6 +177,21 @@ pub fn set_backing(path: &Path, backing: Option<(&Path, Format, Identity)>) -> R
     })
 }
 
+/// Opens an image in memory, without comparing `backing` with what the image notes.
+///
+/// # Errors
+///
+/// [`Error`].
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn open_memory(
+    memory: &super::memory::Memory,
+    writable: bool,
+    backing: Option<Arc<dyn Image>>,
+) -> Result<Arc<dyn Image>, Error> {
+    let storage = Box::new(memory.clone());
+    Ok(Arc::new(Thin::assemble(storage, Path::new("memory"), writable, backing, None)?))
+}
+
 fn corrupt(path: &Path, bad: Bad) -> Error {
     match bad {
         Bad::Newer(what) => Error::Unsupported { path: path.to_owned(), what },
@@ -219,7 +234,7 @@ pub(super) fn read_super(storage: &dyn Storage, path: &Path) -> Result<(Header, 
                 }
             }
             // Not written yet, or torn by a power loss.
-            Err(Bad::Magic(_) | Bad::Checksum { .. }) => {}
+            Err(Bad::Magic(_) | Bad::Checksum { .. } | Bad::Slot(_)) => {}
             Err(bad) => return Err(corrupt(path, bad)),
         }
     }
@@ -243,7 +258,8 @@ fn compare(noted: &Backing, found: Identity) -> Result<(), String> {
 }
 
 impl Thin {
-    /// Opens and locks the image at `path`. `backing` is what it lies on, as [`peek_backing`] tells.
+    /// Opens and locks the image at `path`. `backing` is what it lies on, as [`peek_backing`] tells; it is ignored if the image
+    /// lies on nothing.
     ///
     /// # Errors
     ///
@@ -294,12 +310,9 @@ impl Thin {
         let thin = Self::assemble(storage, path, writable, backing, lock)?;
         let wrong = |what| Error::Backing { path: path.to_owned(), what };
         match (&thin.noted_backing(), &thin.backing) {
-            (None, None) => {}
+            (None, _) => {}
             (Some(noted), None) => {
                 return Err(wrong(format!("{} was not opened", noted.path.display())));
-            }
-            (None, Some(given)) => {
-                return Err(wrong(format!("it has none, and {} was given", given.path().display())));
             }
             (Some(noted), Some(given)) => {
                 let found = given.identity().map_err(|source| Error::Io {
@@ -361,9 +374,11 @@ impl Thin {
         space.file_len = file_len;
         space.max = Space::limit(1 << bits, block.max_size);
         let visible = match (&block.backing, &backing) {
-            (Some(noted), Some(_)) => noted.visible.min(block.size),
+            (Some(noted), Some(given)) => noted.visible.min(block.size).min(given.size()),
             _ => 0,
         };
+        // One that it does not name any more is nothing to it.
+        let backing = backing.filter(|_| block.backing.is_some());
         let files = storage.file().into_iter().cloned();
         let below = backing.iter().flat_map(|backing| backing.files().iter().cloned());
         let files = files.chain(below).collect();
