@@ -360,6 +360,7 @@ impl State {
         } else if self.free.offset != 0 {
             self.space.give(page(self.free.offset).extent);
         }
+        self.marked = true;
         self.generation = plan.block.generation;
         self.root = plan.block.root;
         self.free = plan.block.free;

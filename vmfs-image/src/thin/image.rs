@@ -127,6 +127,9 @@ impl Thin {
                 Found::Load(_) => break,
             };
             let subs = state.touched(start, at, until);
+            if subs & entry.data() != 0 && state.may_overwrite().is_err() {
+                break;
+            }
             let new = subs & !entry.data();
             let entry = if new == 0 {
                 entry

@@ -283,6 +283,9 @@ impl Thin {
             let subs = state.touched(start, at, to);
             let entry = state.entry(cluster)?;
             let fresh = subs & !entry.data();
+            if subs & entry.data() != 0 {
+                state.may_overwrite()?;
+            }
             if fresh == 0 {
                 return Ok((entry, subs, None, self.count(state)));
             }

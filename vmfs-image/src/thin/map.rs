@@ -96,6 +96,12 @@ impl Tree {
         self.heavy_l2 + self.heavy_l1
     }
 
+    /// L2 pages in memory.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.ring.len()
+    }
+
     /// L2 pages that the next commit writes.
     pub(super) fn dirty(&self) -> &[usize] {
         &self.dirty
@@ -187,6 +193,7 @@ impl Tree {
             l1.pages[below] = Some(L2::new([Entry::default(); L2_ENTRIES]));
             l1.kept += 1;
             self.ring.push_back(number);
+            self.forget_l2();
         }
     }
 

@@ -407,6 +407,7 @@ impl Thin {
                 mapped: block.mapped,
                 backing: block.backing,
                 visible,
+                marked: false,
                 super_dirty: false,
                 committing: false,
                 root: block.root,

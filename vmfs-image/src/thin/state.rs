@@ -73,6 +73,9 @@ pub(super) struct State {
     pub(super) backing: Option<Backing>,
     /// How much of the backing is seen.
     pub(super) visible: u64,
+    /// The generation is a new one since the image was opened, so that images on this one can tell that it was changed.
+    /// What is on disk is not changed before.
+    pub(super) marked: bool,
     /// Something that only the superblock says has changed.
     pub(super) super_dirty: bool,
     /// A commit is being written.
@@ -270,6 +273,15 @@ impl State {
         self.busy.get(&cluster).is_some_and(|busy| busy & subs != 0)
     }
 
+    /// Whether bytes that the state on disk names may change.
+    pub(super) fn may_overwrite(&mut self) -> Result<(), Wait> {
+        if self.marked {
+            return Ok(());
+        }
+        self.super_dirty = true;
+        Err(Wait::Commit)
+    }
+
     /// Makes sub-clusters of a cluster read as zeroes. With `give`, its place is given back if nothing is left in it.
     pub(super) fn clear(&mut self, cluster: u64, subs: u16, give: bool) -> Result<(), Wait> {
         if self.is_busy(cluster, subs) {
@@ -283,6 +295,10 @@ impl State {
             self.touched(start, start, self.visible.min(start + self.cluster()))
         };
         let data = old.data() & !subs;
+        if data != old.data() {
+            // What was theirs is written to next.
+            self.may_overwrite()?;
+        }
         // Where nothing is below, nothing has to be hidden.
         let zero = (old.zero() & !subs) | (subs & seen);
         let empty = data == 0 && give && !self.busy.contains_key(&cluster);

@@ -1,6 +1,7 @@
 //! Thin images against a model: the bytes that the disk ought to have.
 
 mod model;
+mod open;
 mod quota;
 mod single;
 mod speed;

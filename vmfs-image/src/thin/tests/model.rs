@@ -50,6 +50,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Takes over what a discard has left: of each sector zeroes or its bytes.
+fn discarded(model: &mut [u8], found: &[u8]) {
+    for (old, found) in model.chunks_mut(512).zip(found.chunks(512)) {
+        assert!(found == [0; 512] || found == old);
+        old.copy_from_slice(found);
+    }
+}
+
 /// Does `steps` to an image and to the model alike.
 fn run(steps: &[Step], backing_size: Option<u64>) {
     let dir = tempfile::tempdir().unwrap();
@@ -96,11 +104,7 @@ fn run(steps: &[Step], backing_size: Option<u64>) {
                 let (at, len) = clip(at, len);
                 thin.discard(at, len).unwrap();
                 let found = read(&thin, at, usize::try_from(len).unwrap());
-                // By sectors, of which each has its zeroes or its bytes.
-                for (old, found) in model[place(at, len)].chunks_mut(512).zip(found.chunks(512)) {
-                    assert!(found == [0; 512] || found == old);
-                    old.copy_from_slice(found);
-                }
+                discarded(&mut model[place(at, len)], &found);
             }
             Step::Zero(at, len, unmap) => {
                 let (at, len) = clip(at, len);
@@ -128,13 +132,16 @@ fn run(steps: &[Step], backing_size: Option<u64>) {
             }
             Step::Crash => {
                 thin.flush().unwrap();
-                thin.discard(0, thin.size() / 512 / 2 * 512).unwrap();
+                let half = thin.size() / 512 / 2 * 512;
+                thin.discard(0, half).unwrap();
                 std::mem::forget(thin);
                 // The lock lives on with the file that was forgotten.
                 let copy = dir.path().join("copy");
                 std::fs::copy(&path, &copy).unwrap();
                 std::fs::rename(&copy, &path).unwrap();
                 thin = Thin::open(&path, &writable(), backing.clone()).unwrap();
+                let half = usize::try_from(half).unwrap();
+                discarded(&mut model[..half], &read(&thin, 0, half));
             }
             Step::Flatten => {
                 thin.pull(0, thin.size()).unwrap();
