@@ -155,7 +155,7 @@ impl Flat {
             block_size,
             is_device,
             writable: options.writable,
-            unfrozen: AtomicBool::new(options.writable),
+            unfrozen: AtomicBool::new(options.writable && !options.frozen),
             cache: options.cache,
             guarded,
             direct,

@@ -34,6 +34,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
+use crate::thin::Thin;
+
 /// Unit of offsets and lengths, in bytes: all that are given to an image are multiples of it.
 pub const SECTOR: u64 = 512;
 /// Largest image, in bytes: 1 PiB.
@@ -99,6 +101,11 @@ pub trait Image: Send + Sync + Debug {
     /// power of two. Others go by the calls that wait.
     fn memory_alignment(&self) -> usize {
         1
+    }
+
+    /// It as a thin one, if that is what it is.
+    fn as_thin(&self) -> Option<&Thin> {
+        None
     }
 
     /// Whether it can be changed.
@@ -300,6 +307,11 @@ pub struct Identity {
     pub state: u64,
 }
 
+impl Identity {
+    /// Noted as the state of what an image is being merged into, which changes meanwhile: any is right.
+    pub const ANY_STATE: u64 = u64::MAX;
+}
+
 /// What there is to say of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Info {
@@ -413,6 +425,12 @@ pub enum Error {
         path: PathBuf,
         /// What was asked, and what would be right.
         what: String,
+    },
+    /// Somebody wanted it no longer.
+    #[error("{} is not finished: it was interrupted", path.display())]
+    Interrupted {
+        /// The file.
+        path: PathBuf,
     },
     /// Reading, writing or another step failed.
     #[error("cannot {what} {}", path.display())]

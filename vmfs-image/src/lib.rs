@@ -8,12 +8,21 @@
 //!           backing ─▶ Image       read where thin has nothing of its own
 //! ```
 
+pub mod clone;
 pub mod flat;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 pub mod image;
 pub mod lock;
+pub mod merge;
 pub mod open;
+pub mod ops;
+mod overlay;
+pub mod redo;
+pub mod snapshot;
+mod steps;
+#[cfg(test)]
+mod test_image;
 pub mod thin;
 mod transfer;
 

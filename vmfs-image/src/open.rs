@@ -3,15 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::flat::Flat;
-use crate::image::{Error, Format, Image};
+use crate::image::{Error, Format, Image, MAX_DEPTH};
 use crate::lock::{Lock, Mode, OfdLock};
+use crate::overlay;
+use crate::thin::{self, Thin};
 
 /// What lies between the guest and the storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -62,6 +64,8 @@ impl std::str::FromStr for Cache {
 pub struct OpenOptions {
     /// Whether it is to be changed. It is locked accordingly.
     pub writable: bool,
+    /// With `writable`: perhaps later, by [`Image::set_writable`]. Until then it is read, and locked as what is read is.
+    pub frozen: bool,
     /// What kind it is; without, its bytes tell.
     pub format: Option<Format>,
     /// What lies between it and the storage.
@@ -84,12 +88,71 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>, Error>
         None => probe(path)?,
     };
     match format {
+        Format::Thin => open_chain(path, options),
+        format => open_one(path, format, options),
+    }
+}
+
+/// Opens an image that knows by itself what it lies on.
+fn open_one(path: &Path, format: Format, options: &OpenOptions) -> Result<Arc<dyn Image>, Error> {
+    match format {
         Format::Flat => Ok(Arc::new(Flat::open(path, options)?)),
+        Format::Thin => Ok(Arc::new(Thin::open(path, options, None)?)),
         format => {
             let what = format!("images of format {format}");
             Err(Error::Unsupported { path: path.to_owned(), what })
         }
     }
+}
+
+/// Opens a thin image and what it lies on, which is opened to be read.
+fn open_chain(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>, Error> {
+    let wrong = |path: &Path, what: String| Error::Backing { path: path.to_owned(), what };
+    // From the top, by what each notes.
+    let mut chain: Vec<(PathBuf, Format)> = vec![(path.to_owned(), Format::Thin)];
+    let mut inodes = Vec::new();
+    while let Some((top, Format::Thin)) = chain.last().cloned() {
+        let below = |error: Error| match chain.len() {
+            1 => error,
+            depth => Error::BackingOpen { path: chain[depth - 2].0.clone(), source: Box::new(error) },
+        };
+        let noted = thin::peek_backing(&top).map_err(below)?;
+        let about = std::fs::metadata(&top).map_err(|source| Error::Io {
+            path: top.clone(),
+            what: "examine",
+            source,
+        })?;
+        if inodes.contains(&(about.dev(), about.ino())) {
+            return Err(wrong(path, format!("{} lies on itself", top.display())));
+        }
+        inodes.push((about.dev(), about.ino()));
+        let Some(noted) = noted else { break };
+        if chain.len() == MAX_DEPTH {
+            return Err(wrong(path, format!("the chain is longer than {MAX_DEPTH} images")));
+        }
+        chain.push((overlay::resolve(&top, &noted.path), noted.format));
+    }
+    let mut image: Option<Arc<dyn Image>> = None;
+    while let Some((path, format)) = chain.pop() {
+        let is_top = chain.is_empty();
+        let options = if is_top {
+            OpenOptions { format: Some(format), ..options.clone() }
+        } else {
+            OpenOptions { writable: false, frozen: false, format: Some(format), ..options.clone() }
+        };
+        let opened = match image.take() {
+            None => open_one(&path, format, &options),
+            below => Thin::open(&path, &options, below).map(|thin| Arc::new(thin) as Arc<dyn Image>),
+        };
+        image = Some(match (opened, chain.last()) {
+            (Err(error @ (Error::Backing { .. } | Error::BackingOpen { .. })), _) => return Err(error),
+            (Err(error), Some((top, _))) => {
+                return Err(Error::BackingOpen { path: top.clone(), source: Box::new(error) });
+            }
+            (opened, _) => opened?,
+        });
+    }
+    image.ok_or_else(|| wrong(path, "there is no image".to_owned()))
 }
 
 /// What a file begins with that is not flat.
@@ -153,12 +216,20 @@ pub(crate) struct Opened {
 impl Opened {
     /// Opens `path` and locks it, for a writer where `options` say so. The lock is that of the image.
     pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<(Self, Box<dyn Lock>), Error> {
-        let opened = Self::without_lock(path, options.writable)?;
-        let mode = if options.writable { Mode::Exclusive } else { Mode::Shared };
-        let lock = OfdLock::acquire(&opened.file, path, mode, options.owner.as_deref())?;
-        // While the lock was not held, another may have made it larger.
-        let opened = opened.examined(path)?;
-        Ok((opened, Box::new(lock)))
+        let mode = if options.writable && !options.frozen { Mode::Exclusive } else { Mode::Shared };
+        for _ in 0..16 {
+            let opened = Self::without_lock(path, options.writable)?;
+            let lock = OfdLock::acquire(&opened.file, path, mode, options.owner.as_deref())?;
+            // While the lock was not held, another may have made it larger, or have put another file in its place: a snapshot
+            // does that, and what was found is one by now.
+            let opened = opened.examined(path)?;
+            if opened.is_device || is_at(&opened.file, path)? {
+                return Ok((opened, Box::new(lock)));
+            }
+        }
+        let source =
+            io::Error::new(io::ErrorKind::Interrupted, "another file takes its place again and again");
+        Err(Error::Open { path: path.to_owned(), writable: options.writable, source })
     }
 
     pub(crate) fn without_lock(path: &Path, writable: bool) -> Result<Self, Error> {
@@ -196,6 +267,17 @@ impl Opened {
         };
         set_flags(&self.file, 0, libc::O_NONBLOCK).map_err(failed)?;
         Ok(self)
+    }
+}
+
+/// Whether `file` is what is at `path`.
+fn is_at(file: &File, path: &Path) -> Result<bool, Error> {
+    let failed = |source| Error::Io { path: path.to_owned(), what: "examine", source };
+    let inode = |about: std::fs::Metadata| (about.dev(), about.ino());
+    match std::fs::metadata(path) {
+        Ok(found) => Ok(inode(found) == file.metadata().map(inode).map_err(failed)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(error)),
     }
 }
 

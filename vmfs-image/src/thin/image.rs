@@ -14,7 +14,9 @@ use super::layout::{self, Backing, SUBS};
 use super::map::Found;
 use super::space::Space;
 use super::state::{State, What, place};
-use crate::image::{Access, Extent, Format, Identity, Image, Info, MAX_SIZE, Place, Run, SECTOR, Ticket};
+use crate::image::{
+    Access, Error, Extent, Format, Identity, Image, Info, MAX_SIZE, Place, Run, SECTOR, Ticket,
+};
 use crate::transfer::total;
 
 /// A ticket that nobody waits for.
@@ -56,10 +58,10 @@ impl Thin {
     }
 
     fn may_write(&self) -> io::Result<()> {
-        if self.writable {
+        if self.is_writable() {
             return Ok(());
         }
-        let text = format!("{} was opened to be read", self.path.display());
+        let text = format!("{} is open to be read", self.path.display());
         Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 
@@ -285,7 +287,15 @@ impl Image for Thin {
     }
 
     fn is_writable(&self) -> bool {
-        self.writable
+        self.unfrozen.load(Ordering::Acquire)
+    }
+
+    fn set_writable(&self, writable: bool) -> Result<(), Error> {
+        self.freeze(!writable)
+    }
+
+    fn as_thin(&self) -> Option<&Thin> {
+        Some(self)
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {
@@ -318,11 +328,11 @@ impl Image for Thin {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.writable { self.commit() } else { Ok(()) }
+        if self.is_writable() { self.commit() } else { Ok(()) }
     }
 
     fn flush_is_sync_of(&self) -> Option<u16> {
-        (!self.no_flush && self.writable && self.state().is_clean()).then_some(0)
+        (!self.no_flush && self.is_writable() && self.state().is_clean()).then_some(0)
     }
 
     fn files(&self) -> &[Arc<File>] {
@@ -337,7 +347,7 @@ impl Image for Thin {
         }
         match access {
             Access::Read => self.locate_read(offset, end, extents),
-            Access::Write if self.writable => self.locate_write(offset, end, extents),
+            Access::Write if self.is_writable() => self.locate_write(offset, end, extents),
             Access::Write => None,
         }
     }

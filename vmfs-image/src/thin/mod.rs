@@ -29,6 +29,7 @@ mod check_tests;
 mod commit;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod forge;
+mod freeze;
 mod image;
 mod io;
 mod layout;
@@ -42,7 +43,7 @@ mod storage;
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -61,8 +62,11 @@ use storage::Storage;
 #[derive(Debug)]
 pub struct Thin {
     path: PathBuf,
-    storage: Box<dyn Storage>,
+    storage: Arc<dyn Storage>,
+    /// Was opened to be changed.
     writable: bool,
+    /// May be changed now.
+    unfrozen: AtomicBool,
     /// Flushes need not reach the disk.
     no_flush: bool,
     block_size: u32,
@@ -81,7 +85,7 @@ pub struct Thin {
     growing: Mutex<()>,
     settings: Mutex<()>,
     /// Last, so that the file is closed to others until everything is written.
-    _lock: Option<Box<dyn Lock>>,
+    lock: Option<Arc<dyn Lock>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -104,7 +108,7 @@ impl Thin {
 
 impl Drop for Thin {
     fn drop(&mut self) {
-        if !self.writable {
+        if !self.is_writable() {
             return;
         }
         let closed = self.commit().and_then(|()| {

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::Thin;
@@ -169,8 +169,8 @@ pub fn peek_size(path: &Path) -> Result<u64, Error> {
 pub fn set_backing(path: &Path, backing: Option<(&Path, Format, Identity)>) -> Result<(), Error> {
     let options = OpenOptions { writable: true, ..OpenOptions::default() };
     let (opened, lock) = Opened::open(path, &options)?;
-    let storage = Box::new(FileStorage::new(opened.file, None, false));
-    let thin = Thin::assemble(storage, path, true, None, Some(lock))?;
+    let storage = Arc::new(FileStorage::new(opened.file, None, false));
+    let thin = Thin::assemble(storage, path, true, None, Some(lock.into()))?;
     thin.set_backing(backing).map_err(|source| match source.kind() {
         io::ErrorKind::InvalidInput => Error::Invalid { path: path.to_owned(), what: source.to_string() },
         _ => Error::Io { path: path.to_owned(), what: "note the backing of", source },
@@ -188,7 +188,7 @@ pub fn open_memory(
     writable: bool,
     backing: Option<Arc<dyn Image>>,
 ) -> Result<Arc<dyn Image>, Error> {
-    let storage = Box::new(memory.clone());
+    let storage = Arc::new(memory.clone());
     Ok(Arc::new(Thin::assemble(storage, Path::new("memory"), writable, backing, None)?))
 }
 
@@ -243,8 +243,16 @@ pub(super) fn read_super(storage: &dyn Storage, path: &Path) -> Result<(Header, 
 }
 
 /// Says how a backing differs from what is noted of it.
-fn compare(noted: &Backing, found: Identity) -> Result<(), String> {
+fn compare(noted: &Backing, format: Format, found: Identity) -> Result<(), String> {
     let name = noted.path.display();
+    if format != noted.format {
+        return Err(format!("{name} is a {format} image, and was a {} one", noted.format));
+    }
+    if noted.identity.state == Identity::ANY_STATE
+        && (format != Format::Thin || found.id == noted.identity.id)
+    {
+        return Ok(());
+    }
     if found.size / SECTOR * SECTOR != noted.identity.size {
         return Err(format!("{name} has {} bytes, and had {}", found.size, noted.identity.size));
     }
@@ -282,8 +290,9 @@ impl Thin {
             None
         };
         let never_sync = options.cache == Cache::Unsafe;
-        let storage = Box::new(FileStorage::new(opened.file, cached, never_sync));
-        let mut thin = Self::with_backing(storage, path, options.writable, backing, Some(lock))?;
+        let storage = Arc::new(FileStorage::new(opened.file, cached, never_sync));
+        let mut thin = Self::with_backing(storage, path, options.writable, backing, Some(lock.into()))?;
+        thin.unfrozen = AtomicBool::new(options.writable && !options.frozen);
         thin.block_size = block_size;
         thin.no_flush = never_sync;
         Ok(thin)
@@ -297,15 +306,15 @@ impl Thin {
         writable: bool,
         backing: Option<Arc<dyn Image>>,
     ) -> Result<Self, Error> {
-        Self::with_backing(storage, path, writable, backing, None)
+        Self::with_backing(storage.into(), path, writable, backing, None)
     }
 
-    fn with_backing(
-        storage: Box<dyn Storage>,
+    pub(super) fn with_backing(
+        storage: Arc<dyn Storage>,
         path: &Path,
         writable: bool,
         backing: Option<Arc<dyn Image>>,
-        lock: Option<Box<dyn Lock>>,
+        lock: Option<Arc<dyn Lock>>,
     ) -> Result<Self, Error> {
         let thin = Self::assemble(storage, path, writable, backing, lock)?;
         let wrong = |what| Error::Backing { path: path.to_owned(), what };
@@ -320,7 +329,7 @@ impl Thin {
                     what: "identify",
                     source,
                 })?;
-                compare(noted, found).map_err(wrong)?;
+                compare(noted, given.format(), found).map_err(wrong)?;
             }
         }
         Ok(thin)
@@ -328,11 +337,11 @@ impl Thin {
 
     /// Opens without looking at what the backing is.
     fn assemble(
-        storage: Box<dyn Storage>,
+        storage: Arc<dyn Storage>,
         path: &Path,
         writable: bool,
         backing: Option<Arc<dyn Image>>,
-        lock: Option<Box<dyn Lock>>,
+        lock: Option<Arc<dyn Lock>>,
     ) -> Result<Self, Error> {
         let io = |what| move |source| Error::Io { path: path.to_owned(), what, source };
         if writable {
@@ -385,6 +394,7 @@ impl Thin {
         Ok(Self {
             path: path.to_owned(),
             writable,
+            unfrozen: AtomicBool::new(writable),
             no_flush: false,
             block_size: 512,
             bits,
@@ -421,7 +431,7 @@ impl Thin {
             committer: Committer::default(),
             growing: Mutex::new(()),
             settings: Mutex::new(()),
-            _lock: lock,
+            lock,
         })
     }
 }
