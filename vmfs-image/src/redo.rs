@@ -87,6 +87,11 @@ pub(crate) fn merging_path(path: &Path) -> PathBuf {
     beside(path, ".redo.merging")
 }
 
+/// Where a new redo log is made.
+pub(crate) fn new_path(path: &Path) -> PathBuf {
+    beside(path, ".redo.new")
+}
+
 /// A file of changes that wait to be committed or discarded.
 #[must_use]
 pub fn pending(path: &Path) -> Option<PathBuf> {
@@ -216,9 +221,8 @@ fn with_log(path: &Path, options: &OpenOptions) -> Result<Opened, Error> {
         false => Arc::clone(&base),
     };
     let image = Arc::new(Thin::open(&log, &writable, Some(below)).map_err(|error| explain(error, &log))?);
-    if is_same(&log, &merging) {
-        steps::remove(&merging)?;
-    }
+    remove_merged(path)?;
+    steps::remove(&new_path(path))?;
     Ok(Opened { image, base: Some(base), redo: Some(log) })
 }
 
@@ -272,14 +276,15 @@ pub fn commit_as(path: &Path, options: &OpenOptions, progress: &mut Progress<'_>
     }
     refuse_marked(path, "were written to")?;
     let (log, merging) = (redo_path(path), merging_path(path));
-    if is_same(&log, &merging) {
-        let _alone = Locked::open(&log, &OpenOptions { writable: true, ..options.clone() })?;
-        steps::remove(&merging)?;
+    if log.symlink_metadata().is_ok() {
+        let _alone = Locked::open(&log, &OpenOptions { writable: true, ..OpenOptions::default() })?;
+        remove_merged(path)?;
     }
     let base = crate::open(path, &OpenOptions { writable: true, ..options.clone() })?;
     let layers = layers(path, &base, options)?;
     collapse(&base, &file_name(path), &layers, options.format.is_some(), progress)?;
     drop(layers);
+    steps::remove(&new_path(path))?;
     steps::remove(&log)?;
     steps::remove(&merging)
 }
@@ -292,13 +297,8 @@ fn layers(path: &Path, base: &Arc<dyn Image>, options: &OpenOptions) -> Result<V
         if log.symlink_metadata().is_err() {
             continue;
         }
-        // A log that was being committed, and is in the image by now: the other one lies on the image.
-        let noted = thin::peek_backing(&log)?.map(|noted| noted.path);
-        let on_image = noted.is_none_or(|noted| noted == file_name(path));
-        let below = match layers.last() {
-            Some(layer) if !on_image => Arc::clone(&layer.image) as Arc<dyn Image>,
-            _ => Arc::clone(base),
-        };
+        let below = layers.last().map(|layer| Arc::clone(&layer.image) as Arc<dyn Image>);
+        let below = below.unwrap_or_else(|| Arc::clone(base));
         let image = Thin::open(&log, &options, Some(below)).map_err(|error| explain(error, &log))?;
         layers.push(Layer { image: Arc::new(image), path: log });
     }
@@ -321,8 +321,8 @@ pub fn discard(path: &Path) -> Result<(), Error> {
     // The log itself need not be sound.
     let has_log = log.symlink_metadata().is_ok();
     let _alone = if has_log { Some(Locked::open(&log, &options)?) } else { None };
-    if is_same(&log, &merging) {
-        steps::remove(&merging)?;
+    if has_log {
+        remove_merged(path)?;
     }
     if has_log && is_being_merged(&log) {
         let what =
@@ -337,8 +337,24 @@ pub fn discard(path: &Path) -> Result<(), Error> {
         let layer = Layer { image, path: merging.clone() };
         collapse(&base, &file_name(path), &[layer], false, &mut |_, _| std::ops::ControlFlow::Continue(()))?;
     }
+    steps::remove(&new_path(path))?;
     steps::remove(&log)?;
     steps::remove(&merging)
+}
+
+/// Removes the file of a log that is being committed, if it is not one: the log was not replaced yet, and that is its second
+/// name; or it is in the image already, on which the log lies. The caller has the log locked.
+fn remove_merged(path: &Path) -> Result<(), Error> {
+    let (log, merging) = (redo_path(path), merging_path(path));
+    let lies_on_it = || match thin::peek_backing(&log) {
+        Ok(noted) => noted.is_some_and(|noted| noted.path == file_name(&merging)),
+        // What it lies on does not matter: what is merged once more is what it was.
+        Err(_) => true,
+    };
+    if is_same(&log, &merging) || merging.symlink_metadata().is_ok() && !lies_on_it() {
+        steps::remove(&merging)?;
+    }
+    Ok(())
 }
 
 /// Whether what a thin image holds may be in its backing already.

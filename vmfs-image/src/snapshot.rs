@@ -33,7 +33,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::image::{Error, Format, Image};
+use crate::image::{Error, Format, Identity, Image};
 use crate::open::OpenOptions;
 use crate::overlay::{self, SNAPSHOTS, home, open_frozen, resolve};
 use crate::steps::{self, beside, failed, is_same};
@@ -161,12 +161,14 @@ struct Scan {
     head: Option<usize>,
     /// Names that the head's file has there.
     unfinished: Vec<PathBuf>,
+    /// One of them, or the head, takes what it lies on in any state: something was interrupted.
+    relaxed: bool,
 }
 
 impl Scan {
     fn of(path: &Path) -> Result<Self, Error> {
         let directory = directory(path);
-        let mut scan = Self { entries: Vec::new(), head: None, unfinished: Vec::new() };
+        let mut scan = Self { entries: Vec::new(), head: None, unfinished: Vec::new(), relaxed: false };
         let listing = match std::fs::read_dir(&directory) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(scan),
             listing => listing.map_err(failed(&directory, "list"))?,
@@ -191,23 +193,37 @@ impl Scan {
                 Some(format) => format,
                 None => crate::probe(&path_of)?,
             };
-            noted.push(lies_on(&path_of, format)?);
+            noted.push(scan.lies_on(&path_of, format)?);
             scan.entries.push(Entry { file, path: path_of, parent: None, format, inode });
         }
+        let on = scan.lies_on(path, crate::probe(path)?)?;
         let find = |on: Option<PathBuf>| {
-            let inode = steps::identity(&on?).ok().flatten()?;
-            scan.entries.iter().position(|entry| entry.inode == inode)
+            let on = on?;
+            // One that is being deleted may have two names.
+            let by_name = scan.entries.iter().position(|entry| entry.path == on);
+            let inode = steps::identity(&on).ok().flatten()?;
+            by_name.or_else(|| scan.entries.iter().position(|entry| entry.inode == inode))
         };
         let parents: Vec<_> = noted.into_iter().map(find).collect();
-        let head = find(lies_on(path, crate::probe(path)?)?);
+        let head = find(on);
         scan.entries.iter_mut().zip(parents).for_each(|(entry, parent)| entry.parent = parent);
         scan.head = head;
         Ok(scan)
     }
 
+    /// What a thin image lies on.
+    fn lies_on(&mut self, path: &Path, format: Format) -> Result<Option<PathBuf>, Error> {
+        let noted = if format == Format::Thin { thin::peek_backing(path)? } else { None };
+        Ok(noted.map(|noted| {
+            self.relaxed |= noted.identity.state == Identity::ANY_STATE;
+            resolve(path, &noted.path)
+        }))
+    }
+
     /// The file of a snapshot, also of one that is being deleted.
     fn find(&self, name: &str) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.name() == Some(name))
+        let by_file = self.entries.iter().position(|entry| entry.file == name);
+        by_file.or_else(|| self.entries.iter().position(|entry| entry.name() == Some(name)))
     }
 
     fn children(&self, of: usize) -> impl Iterator<Item = usize> + '_ {
@@ -224,14 +240,6 @@ impl Scan {
         }
         chain
     }
-}
-
-/// What a thin image lies on.
-fn lies_on(path: &Path, format: Format) -> Result<Option<PathBuf>, Error> {
-    if format != Format::Thin {
-        return Ok(None);
-    }
-    Ok(thin::peek_backing(path)?.map(|noted| resolve(path, &noted.path)))
 }
 
 /// The snapshots of the disk at `path`. Nothing is locked: while others change them, something may be missing.
@@ -255,6 +263,9 @@ pub fn list(path: &Path) -> Result<Tree, Error> {
     let mut snapshots = Vec::new();
     for entry in &scan.entries {
         let Some(name) = entry.name() else { continue };
+        if entry.is_deleting() && scan.entries.iter().any(|other| other.file == name) {
+            continue;
+        }
         let metadata = std::fs::metadata(&entry.path).map_err(failed(&entry.path, "examine"))?;
         let about = About::read(path, name);
         let size = match entry.format {
@@ -319,18 +330,31 @@ pub(crate) fn refuse_wrong_format(path: &Path, options: &OpenOptions) -> Result<
 /// Opens the head. Where it lies on a snapshot of its own, that one is opened so that it can be merged with while it is in use.
 pub(crate) fn open_head(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>, Error> {
     let format = options.format.map_or_else(|| crate::probe(path), Ok)?;
-    let noted = if options.writable && format == Format::Thin { thin::peek_backing(path)? } else { None };
-    let Some(noted) = noted else { return crate::open(path, options) };
-    let below = resolve(path, &noted.path);
-    if below.parent().is_none_or(|parent| !is_same(parent, &directory(path))) {
-        return crate::open(path, options);
+    let below = if options.writable && format == Format::Thin { open_own(path, path, options)? } else { None };
+    match below {
+        None => crate::open(path, options),
+        below => Ok(Arc::new(Thin::open(path, options, below)?)),
+    }
+}
+
+/// Opens what `image` lies on, if that is a snapshot of the disk at `path`.
+fn open_own(path: &Path, image: &Path, options: &OpenOptions) -> Result<Option<Arc<dyn Image>>, Error> {
+    let Some(noted) = thin::peek_backing(image)? else { return Ok(None) };
+    let below = resolve(image, &noted.path);
+    if is_same(&below, image) || below.parent().is_none_or(|parent| !is_same(parent, &directory(path))) {
+        return Ok(None);
+    }
+    let failed = |source| Error::BackingOpen { path: image.to_owned(), source: Box::new(source) };
+    if below.file_name() == Some(TOP.as_ref()) {
+        // What is merged with is below that.
+        let options = OpenOptions { frozen: true, format: Some(Format::Thin), ..options.clone() };
+        let lower = open_own(path, &below, &options)?;
+        return Ok(Some(Arc::new(Thin::open(&below, &options, lower).map_err(failed)?)));
     }
     // Its bytes tell that it is flat, so that it remains so when a guest writes to it.
     let probed = noted.format == Format::Flat && crate::probe(&below)? == Format::Flat;
     let format = if probed { None } else { Some(noted.format) };
-    let below = open_frozen(&below, &OpenOptions { format, ..options.clone() })
-        .map_err(|source| Error::BackingOpen { path: path.to_owned(), source: Box::new(source) })?;
-    Ok(Arc::new(Thin::open(path, options, Some(below))?))
+    open_frozen(&below, &OpenOptions { format, ..options.clone() }).map(Some).map_err(failed)
 }
 
 /// Cleans up behind a crash. The caller has the head locked.

@@ -22,7 +22,7 @@ use super::{Lower, Merger, find_lower, invalid, note_lower};
 use crate::image::{Error, Format, Image, RunKind};
 use crate::open::OpenOptions;
 use crate::overlay::{self, refuse_marked};
-use crate::redo::{merging_path, redo_path};
+use crate::redo::{merging_path, new_path, redo_path};
 use crate::snapshot::{self, Deletion, Prepared};
 use crate::steps::{self, failed, is_same};
 use crate::thin::Thin;
@@ -192,7 +192,7 @@ impl ActiveCommit {
         let (frozen, new) = if is_log {
             let name = merging_path(path);
             let named = PathBuf::from(name.file_name().unwrap_or_default());
-            ((name, named), steps::beside(&redo_path(path), ".new"))
+            ((name, named), new_path(path))
         } else {
             snapshot::steps_of(path)
         };

@@ -11,6 +11,8 @@ use crate::steps::failed;
 
 /// Moved at once, in bytes.
 const CHUNK: u64 = 1 << 20;
+/// The most that is moved in one piece of work, in bytes.
+const MOST: u64 = 1 << 40;
 /// Absent stretches looked at in one piece of work, so that it ends soon.
 const LOOKS: usize = 4096;
 
@@ -39,7 +41,7 @@ impl Merger {
         if below.size() < size {
             below.grow(size).map_err(failed(below.path(), "make larger"))?;
         }
-        let mut left = most.max(1);
+        let mut left = most.clamp(1, MOST);
         for _ in 0..LOOKS {
             if self.at >= size {
                 return Ok(true);
@@ -97,7 +99,7 @@ impl Merger {
         most: u64,
     ) -> Result<bool, Error> {
         let size = top.size();
-        let mut left = most.max(1);
+        let mut left = most.clamp(1, MOST);
         for _ in 0..LOOKS {
             if self.at >= size {
                 return Ok(true);

@@ -41,7 +41,7 @@ pub fn delete(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()
     }
     let index = scan.find(name);
     let children: Vec<usize> = index.into_iter().flat_map(|index| scan.children(index)).collect();
-    if children.is_empty() && scan.head != index && !scan.entries.iter().any(Entry::is_deleting) {
+    if children.is_empty() && scan.head != index && !scan.relaxed {
         // Whoever runs on another branch is not concerned.
         let _alone = Locked::open(&target, &writable)?;
         steps::remove(&target)?;
@@ -89,6 +89,11 @@ pub fn delete(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()
             About::remove(path, name)
         }
         ([], false) => {
+            // What lay on it was moved before a crash, and is to know again exactly what it lies on.
+            let roots = (0..scan.entries.len()).filter(|index| scan.entries[*index].parent.is_none());
+            for root in roots {
+                tighten(&descendants(path, &scan, root))?;
+            }
             steps::remove(&target)?;
             About::remove(path, name)
         }
@@ -225,7 +230,10 @@ fn relax(children: &[Child]) -> Result<(), Error> {
 /// Takes [`relax`] back, from the bottom.
 fn tighten(children: &[Child]) -> Result<(), Error> {
     children.iter().try_for_each(|child| {
-        let Some(noted) = thin::peek_backing(&child.path)? else { return Ok(()) };
+        let noted = thin::peek_backing(&child.path)?;
+        let Some(noted) = noted.filter(|noted| noted.identity.state == Identity::ANY_STATE) else {
+            return Ok(());
+        };
         let parent = crate::open(
             &child.parent,
             &OpenOptions { format: Some(noted.format), ..OpenOptions::default() },
