@@ -330,7 +330,8 @@ pub(crate) fn refuse_wrong_format(path: &Path, options: &OpenOptions) -> Result<
 /// Opens the head. Where it lies on a snapshot of its own, that one is opened so that it can be merged with while it is in use.
 pub(crate) fn open_head(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>, Error> {
     let format = options.format.map_or_else(|| crate::probe(path), Ok)?;
-    let below = if options.writable && format == Format::Thin { open_own(path, path, options)? } else { None };
+    let below =
+        if options.writable && format == Format::Thin { open_own(path, path, options)? } else { None };
     match below {
         None => crate::open(path, options),
         below => Ok(Arc::new(Thin::open(path, options, below)?)),

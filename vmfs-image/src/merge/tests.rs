@@ -50,7 +50,8 @@ fn lay(top: &Path, base: &Path) {
 }
 
 fn files(dir: &Path) -> Vec<String> {
-    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names =
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<_> = names.filter(|name| !name.ends_with(".about")).collect();
     names.sort();
     names
@@ -177,7 +178,11 @@ impl Guest {
         self.writes += 1;
         let unit = self.writes * 7 % (SIZE / 4096);
         let byte = self.writes.to_le_bytes()[0];
-        change(&*self.image, &mut self.model, (self.writes.is_multiple_of(5), unit, 1 + self.writes % 3, byte));
+        change(
+            &*self.image,
+            &mut self.model,
+            (self.writes.is_multiple_of(5), unit, 1 + self.writes % 3, byte),
+        );
     }
 
     fn check(&self) {
@@ -278,7 +283,8 @@ fn snapshot_is_deleted_under_a_guest_which_goes_on_with_it() {
             guest.check();
             assert!(matches!(crate::open(&path, &OpenOptions::default()), Err(Error::Locked { .. })));
             // And again from there.
-            let prepared = snapshot::prepare(&path, &guest.image, "b", &About::default(), &writable()).unwrap();
+            let prepared =
+                snapshot::prepare(&path, &guest.image, "b", &About::default(), &writable()).unwrap();
             guest.image = prepared.switch().unwrap();
             guest.work();
             guest.check();
@@ -343,7 +349,12 @@ fn killed_after(steps_done: usize, format: Format, mode: Mode) -> bool {
         if let Ok(job) = &mut job {
             guest.drive(job).unwrap();
         } else {
-            assert!(ended.is_ok(), "cut at {steps_done}: {:?}, {:?} {mode}", job.as_ref().err(), files(dir.path()));
+            assert!(
+                ended.is_ok(),
+                "cut at {steps_done}: {:?}, {:?} {mode}",
+                job.as_ref().err(),
+                files(dir.path())
+            );
         }
         drop(job);
         guest.work();

@@ -21,6 +21,8 @@ impl Thin {
         if frozen && self.is_writable() {
             self.commit().map_err(self.failed("make stable what was written to"))?;
             self.unfrozen.store(false, Ordering::Release);
+            // Others note this generation: what changes after it is another.
+            self.state().marked = false;
         }
         let Some(lock) = &self.lock else {
             self.unfrozen.store(!frozen, Ordering::Release);
