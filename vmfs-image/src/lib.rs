@@ -9,6 +9,7 @@
 //! ```
 
 pub mod clone;
+pub mod dedupe;
 pub mod flat;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

@@ -13,12 +13,13 @@ pub const PREFIX: &str = "needs ";
 type Check = fn() -> bool;
 
 /// Requirements by the name that tests use.
-const NEEDS: [(&str, Check); 8] = [
+const NEEDS: [(&str, Check); 9] = [
     ("root", is_root),
     ("/dev/kvm", || opens("/dev/kvm")),
     ("tun", || opens("/dev/net/tun")),
     ("loop devices", || opens("/dev/loop-control")),
     ("network namespaces", || is_root() && Path::new("/proc/self/ns/net").exists()),
+    ("XFS", || is_program("mkfs.xfs") && has_file_system("xfs")),
     ("curl", || is_program("curl")),
     ("qemu-system-x86_64", || is_program("qemu-system-x86_64")),
     ("Debian's packages", || is_program("apt-get") && is_program("dpkg-deb")),
@@ -33,13 +34,19 @@ fn opens(path: &str) -> bool {
     OpenOptions::new().read(true).write(true).open(path).is_ok()
 }
 
+fn has_file_system(name: &str) -> bool {
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    known.lines().any(|line| line.trim() == name)
+}
+
 fn is_program(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
 /// Programs that tests call, with Debian's package of each.
-const PROGRAMS: [(&str, &str); 3] = [("curl", "curl"), ("losetup", "mount"), ("mkfifo", "coreutils")];
+const PROGRAMS: [(&str, &str); 4] =
+    [("curl", "curl"), ("losetup", "mount"), ("mkfifo", "coreutils"), ("mkfs.xfs", "xfsprogs")];
 
 /// Installs what tests call and this machine has not got, where the user may; says which where not.
 pub fn install() {
