@@ -1,5 +1,6 @@
 //! Thin images laid on others: how they are made, and what they note of what they lie on.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,20 @@ use crate::thin::{self, Thin};
 pub(crate) fn create(path: &Path, on: &dyn Image, named: &Path) -> Result<(), Error> {
     steps::before(path)?;
     let backing = Some((named.to_owned(), on.format(), exact(on)?));
-    thin::create(path, &thin::Create { backing, ..thin::Create::new(on.size()) })
+    // What may be written does not become more by being written to another file.
+    let max_size = on.info().map_err(failed(on.path(), "examine"))?.max_size;
+    thin::create(path, &thin::Create { backing, max_size, ..thin::Create::new(on.size()) })
+}
+
+/// Refuses an image that is not the one at `path`, but perhaps one on top of it.
+pub(crate) fn refuse_other(path: &Path, image: &dyn Image) -> Result<(), Error> {
+    let inode = |about: std::fs::Metadata| (about.dev(), about.ino());
+    let own = image.files().first().and_then(|file| file.metadata().ok()).map(inode);
+    if own.is_some() && own == std::fs::metadata(path).ok().map(inode) {
+        return Ok(());
+    }
+    let what = "is not what the guest writes to: snapshots and merging are for disks that are persistent, or have a redo log";
+    Err(Error::Invalid { path: path.to_owned(), what: what.to_owned() })
 }
 
 /// Notes in `top` that it lies on `below`, whose path is `named`: as it is now, or with `any` in whatever state it will be.
@@ -62,7 +76,6 @@ fn is_refused(error: &std::io::Error) -> bool {
 
 /// Whether an image is marked as the base of clones: nobody may write to its file.
 pub(crate) fn is_marked(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
     std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o222 == 0)
 }
 
@@ -80,7 +93,6 @@ pub(crate) fn refuse_marked(path: &Path, what: &str) -> Result<(), Error> {
 
 /// Marks an image as the base of clones.
 pub(crate) fn mark(path: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::PermissionsExt;
     let about = std::fs::metadata(path).map_err(failed(path, "examine"))?;
     if !about.is_file() || about.permissions().mode() & 0o222 == 0 {
         return Ok(());

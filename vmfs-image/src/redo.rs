@@ -12,7 +12,9 @@
 //! `IMG.redo.merging` is a log that is being committed while the guest goes on with a new one; once there is such a file,
 //! what it holds belongs into the image, whatever becomes of the new log.
 
-use std::os::unix::fs::FileTypeExt;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -181,16 +183,39 @@ fn unnamed(path: &Path, base: &Arc<dyn Image>, options: &OpenOptions) -> Result<
     let directory = if is_device(path) { &elsewhere } else { path.parent().unwrap_or(Path::new(".")) };
     let cache = if options.cache == Cache::Writeback { Cache::Unsafe } else { options.cache };
     let options = OpenOptions { writable: true, format: Some(Format::Thin), cache, ..options.clone() };
+    let identity = base.identity().map_err(failed(path, "identify"))?;
     let create = thin::Create {
-        backing: Some((path.to_owned(), base.format(), base.identity().map_err(failed(path, "identify"))?)),
+        backing: Some((file_name(path), base.format(), identity)),
         ..thin::Create::new(base.size())
     };
+    let (file, name) = unnamed_file(directory, path)?;
+    let made = thin::create_in(&file, path, &create);
+    // The open file by another descriptor, wherever its name is by now.
+    let opened = made.and_then(|()| {
+        let descriptor = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        Thin::open(&descriptor, &options, Some(Arc::clone(base)))
+    });
+    if let Some(name) = name {
+        let _ = std::fs::remove_file(name);
+    }
+    Ok(Arc::new(opened?.renamed(path)))
+}
+
+/// An empty file without a name; where the file system has no such files, the name that it has is given, to be removed at once.
+fn unnamed_file(directory: &Path, path: &Path) -> Result<(File, Option<PathBuf>), Error> {
+    let mut options = File::options();
+    options.read(true).write(true);
+    if let Ok(file) = options.clone().custom_flags(libc::O_TMPFILE).mode(0o600).open(directory) {
+        return Ok((file, None));
+    }
     remove_stale(path);
     let name = temporary(directory, path);
-    thin::create(&name, &create)?;
-    let opened = Thin::open(&name, &options, Some(Arc::clone(base)));
-    let _ = std::fs::remove_file(&name);
-    Ok(Arc::new(opened?))
+    let file = options.create_new(true).mode(0o600).open(&name);
+    file.map(|file| (file, Some(name.clone()))).map_err(|source| Error::Open {
+        path: name,
+        writable: true,
+        source,
+    })
 }
 
 fn with_log(path: &Path, options: &OpenOptions) -> Result<Opened, Error> {

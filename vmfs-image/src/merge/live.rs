@@ -188,7 +188,7 @@ impl ActiveCommit {
         let Some(below) = image.backing() else {
             return invalid(path, "lies on no other image, to which it could be committed");
         };
-        let is_log = is_same(&redo_path(path), &steps::real(top.path())?);
+        let is_log = overlay::refuse_other(&redo_path(path), &**image).is_ok();
         let (frozen, new) = if is_log {
             let name = merging_path(path);
             let named = PathBuf::from(name.file_name().unwrap_or_default());
@@ -204,6 +204,7 @@ impl ActiveCommit {
         };
         refuse_marked(&steps::real(base.path())?, "were written to")?;
         let file = if is_log { redo_path(path) } else { path.clone() };
+        overlay::refuse_other(&file, &**image)?;
         if middle.is_none() && is_same(&file, &frozen.0) {
             steps::remove(&frozen.0)?;
         }

@@ -120,6 +120,33 @@ fn committed_overlay_is_empty_and_its_backing_has_everything() {
 }
 
 #[test]
+fn what_an_overlay_does_not_see_of_a_larger_backing_is_zeroes_also_when_it_is_brought_together() {
+    for up in [false, true] {
+        let (dir, base) = disk(Format::Thin);
+        let image = crate::open(&base, &writable()).unwrap();
+        put(&*image, 40, 4);
+        drop(image);
+        let top = dir.path().join("top");
+        let identity = crate::open(&base, &OpenOptions::default()).unwrap().identity().unwrap();
+        let backing = Some((PathBuf::from("web.img"), Format::Thin, identity));
+        thin::create(&top, &thin::Create { backing, ..thin::Create::new(SIZE / 2) }).unwrap();
+        let image = crate::open(&top, &writable()).unwrap();
+        image.grow(SIZE).unwrap();
+        put(&*image, 3, 3);
+        drop(image);
+        let before = bytes_of(&top);
+        assert_eq!(before[40 * 4096], 0);
+        if up {
+            stream(&top, None, &mut go_on).unwrap()
+        } else {
+            commit(&top, &mut go_on).unwrap()
+        }
+        assert!(bytes_of(&top) == before);
+        assert_eq!(bytes_of(&base) == before, !up);
+    }
+}
+
+#[test]
 fn commit_is_refused_where_others_may_lie_on_the_backing() {
     let (dir, path) = disk(Format::Thin);
     snapshot::create(&path, "a", &About::default()).unwrap();

@@ -63,6 +63,33 @@ fn nonpersistent_guests_share_a_base_and_leave_nothing() {
 }
 
 #[test]
+fn image_that_only_lies_on_the_disk_is_not_taken_for_it() {
+    let (_dir, path) = disk(Format::Thin);
+    let guest = open(&path, Mode::Nonpersistent, &writable()).unwrap();
+    let about = snapshot::About::default();
+    let refused = snapshot::prepare(&path, &guest.image, "a", &about, &writable()).unwrap_err().to_string();
+    assert!(refused.contains("persistent"), "{refused}");
+    let refused =
+        crate::merge::ActiveCommit::start(&path, &guest.image, &writable()).unwrap_err().to_string();
+    assert!(refused.contains("persistent"), "{refused}");
+}
+
+#[test]
+fn limit_on_growth_is_that_of_the_log_and_of_the_head_of_a_snapshot_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("web.img");
+    let max_size = Some(1 << 20);
+    thin::create(&path, &thin::Create { max_size, ..thin::Create::new(64 << 20) }).unwrap();
+    let guest = open(&path, Mode::Undoable, &writable()).unwrap();
+    assert_eq!(guest.image.info().unwrap().max_size, max_size);
+    drop(guest);
+    discard(&path).unwrap();
+    snapshot::create(&path, "a", &snapshot::About::default()).unwrap();
+    let guest = open(&path, Mode::Persistent, &writable()).unwrap();
+    assert_eq!(guest.image.info().unwrap().max_size, max_size);
+}
+
+#[test]
 fn undoable_run_is_continued_and_then_discarded_or_committed() {
     for format in [Format::Flat, Format::Thin] {
         let (dir, path) = disk(format);

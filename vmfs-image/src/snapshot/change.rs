@@ -132,6 +132,7 @@ pub fn prepare(
 ) -> Result<Prepared, Error> {
     let path = &steps::real(path)?;
     may_begin(path, name, image.format())?;
+    overlay::refuse_other(path, &**image)?;
     let scan = recover(path)?;
     refuse_unfinished(path, &scan)?;
     steps::make_directory(&directory(path))?;

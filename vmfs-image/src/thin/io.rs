@@ -400,6 +400,9 @@ impl Thin {
     }
 
     pub(super) fn run_of(&self, from: u64, to: u64) -> io::Result<(u64, RunKind)> {
+        // Behind what is seen of the backing, what is absent reads as zeroes whatever that holds.
+        let visible = if self.backing.is_some() { self.state().visible } else { u64::MAX };
+        let (to, hidden) = if from < visible { (to.min(visible), false) } else { (to, true) };
         let mut found: Option<(u64, RunKind)> = None;
         let mut at = from;
         let mut pieces = Vec::new();
@@ -409,6 +412,7 @@ impl Thin {
                 let kind = match piece.what {
                     What::Data(_) => RunKind::Data,
                     What::Zero => RunKind::Zero,
+                    What::Absent if hidden => RunKind::Zero,
                     What::Absent => RunKind::Absent,
                 };
                 match &mut found {

@@ -51,6 +51,7 @@ use crate::image::Image;
 use crate::lock::Lock;
 
 pub use layout::Backing;
+pub(crate) use open::create_in;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use open::open_memory;
 pub use open::{Create, create, peek_backing, peek_size, set_backing};

@@ -132,10 +132,21 @@ pub fn create(path: &Path, create: &Create) -> Result<(), Error> {
     })
 }
 
-fn fill(mut file: &File, bytes: &[u8], len: u64) -> io::Result<()> {
-    file.write_all(bytes)?;
-    file.set_len(len)?;
+fn fill(file: &File, bytes: &[u8], len: u64) -> io::Result<()> {
+    write_start(file, bytes, len)?;
     file.sync_all()
+}
+
+fn write_start(mut file: &File, bytes: &[u8], len: u64) -> io::Result<()> {
+    file.write_all(bytes)?;
+    file.set_len(len)
+}
+
+/// Makes an image in an empty file that is for this process alone, and need not be stable. `path` is for messages.
+pub(crate) fn create_in(file: &File, path: &Path, create: &Create) -> Result<(), Error> {
+    let bytes = create.encode().map_err(|what| Error::Invalid { path: path.to_owned(), what })?;
+    let written = write_start(file, &bytes, 1 << create.cluster_bits);
+    written.map_err(|source| Error::Io { path: path.to_owned(), what: "write an overlay of", source })
 }
 
 /// What the image at `path` notes of its backing. Nothing is locked.
