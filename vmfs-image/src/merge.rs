@@ -129,7 +129,7 @@ pub(crate) fn find_lower(image: &dyn Image, lower: Option<&Path>) -> Result<Opti
     let wanted = steps::real(lower)?;
     let mut below = image.backing();
     while let Some(found) = below {
-        if steps::real(found.path()).is_ok_and(|path| steps::is_same(&path, &wanted)) {
+        if overlay::is_at(&**found, &wanted) {
             let home = steps::real(overlay::home(image.path()))?;
             return Ok(Some(Lower { image: Arc::clone(found), named: steps::relative(&home, &wanted) }));
         }

@@ -18,11 +18,19 @@ pub(crate) fn create(path: &Path, on: &dyn Image, named: &Path) -> Result<(), Er
     thin::create(path, &thin::Create { backing, max_size, ..thin::Create::new(on.size()) })
 }
 
+/// Whether `image` lies in the file at `path`. Its own path may be one that its file had before.
+pub(crate) fn is_at(image: &dyn Image, path: &Path) -> bool {
+    let inode = |about: &std::fs::Metadata| (about.dev(), about.ino());
+    let own = match image.files().first() {
+        Some(file) => file.metadata(),
+        None => std::fs::metadata(image.path()),
+    };
+    matches!((&own, &std::fs::metadata(path)), (Ok(own), Ok(found)) if inode(own) == inode(found))
+}
+
 /// Refuses an image that is not the one at `path`, but perhaps one on top of it.
 pub(crate) fn refuse_other(path: &Path, image: &dyn Image) -> Result<(), Error> {
-    let inode = |about: std::fs::Metadata| (about.dev(), about.ino());
-    let own = image.files().first().and_then(|file| file.metadata().ok()).map(inode);
-    if own.is_some() && own == std::fs::metadata(path).ok().map(inode) {
+    if is_at(image, path) {
         return Ok(());
     }
     let what = "is not what the guest writes to: snapshots and merging are for disks that are persistent, or have a redo log";

@@ -410,18 +410,20 @@ pub(crate) struct Deletion {
 }
 
 impl Deletion {
-    /// Of the snapshot in the file `base`, on which nothing may lie but the head, or what is between while it is being deleted.
-    pub(crate) fn of(path: &Path, base: &Path) -> Result<Self, Error> {
+    /// Of the snapshot `base`, on which nothing may lie but the head, or what is between while it is being deleted.
+    pub(crate) fn of(path: &Path, base: &dyn Image) -> Result<Self, Error> {
         let scan = Scan::of(path)?;
-        let found = scan.below_head().into_iter().find(|index| is_same(&scan.entries[*index].path, base));
+        let found =
+            scan.below_head().into_iter().find(|index| overlay::is_at(base, &scan.entries[*index].path));
         let Some(index) = found else {
             let what = format!(
                 "lies on {}, which is no snapshot of it: others may lie on that, and it is not changed while this is in use",
-                base.display()
+                base.path().display()
             );
             return invalid(path, what);
         };
         let others: Vec<_> = scan.children(index).filter_map(|child| scan.entries[child].name()).collect();
+        overlay::refuse_marked(&scan.entries[index].path, "were deleted")?;
         let name = scan.entries[index].name().unwrap_or_default().to_owned();
         if !others.is_empty() {
             let what = format!(

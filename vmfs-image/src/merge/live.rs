@@ -188,7 +188,7 @@ impl ActiveCommit {
         let Some(below) = image.backing() else {
             return invalid(path, "lies on no other image, to which it could be committed");
         };
-        let is_log = overlay::refuse_other(&redo_path(path), &**image).is_ok();
+        let is_log = overlay::is_at(&**image, &redo_path(path));
         let (frozen, new) = if is_log {
             let name = merging_path(path);
             let named = PathBuf::from(name.file_name().unwrap_or_default());
@@ -197,18 +197,23 @@ impl ActiveCommit {
             snapshot::steps_of(path)
         };
         // What a commit that was cut off has left between, or this very image.
-        let middle = is_same(below.path(), &frozen.0).then(|| Arc::clone(below));
+        let middle = overlay::is_at(&**below, &frozen.0).then(|| Arc::clone(below));
         let base = middle.as_ref().map_or(Some(below), |middle| middle.backing());
         let Some(base) = base.map(Arc::clone) else {
             return invalid(path, "lies on no other image, to which it could be committed");
         };
-        refuse_marked(&steps::real(base.path())?, "were written to")?;
         let file = if is_log { redo_path(path) } else { path.clone() };
         overlay::refuse_other(&file, &**image)?;
         if middle.is_none() && is_same(&file, &frozen.0) {
             steps::remove(&frozen.0)?;
         }
-        let goal = if is_log { None } else { Some(Deletion::of(path, base.path())?) };
+        let goal = if is_log {
+            refuse_marked(path, "were written to")?;
+            overlay::refuse_other(path, &*base)?;
+            None
+        } else {
+            Some(Deletion::of(path, &*base)?)
+        };
         // Nobody else reads it from here on.
         base.set_writable(true)?;
         let begun = match &goal {
