@@ -8,9 +8,11 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use super::image::args::ImageVerb;
+
 /// Verbs of the contract that are still to come.
-const LATER: [&str; 10] =
-    ["top", "reset", "console", "set", "snapshot", "restore", "receive", "migrate", "image", "switch"];
+const LATER: [&str; 9] =
+    ["top", "reset", "console", "set", "snapshot", "restore", "receive", "migrate", "switch"];
 
 /// A KVM virtual machine monitor for consolidating servers
 ///
@@ -92,6 +94,9 @@ pub enum Verb {
         /// Name of the guest
         name: String,
     },
+    /// Make, copy, examine and change disks: `vmm image --help`
+    #[command(subcommand)]
+    Image(ImageVerb),
     /// Say what this host can do for guests, and what to do about what it cannot
     Doctor {
         /// Print a JSON object

@@ -2,6 +2,7 @@
 
 mod args;
 mod guests;
+mod image;
 mod log;
 mod process;
 mod run;
@@ -65,6 +66,7 @@ fn carry_out(asked: Asked) -> Result<(), Failure> {
         Verb::Resume { name } => guests::resume(&name),
         Verb::Stop { name, timeout, now } => guests::stop(&name, timeout, now),
         Verb::Kill { name } => guests::kill(&name),
+        Verb::Image(verb) => image::carry_out(verb),
         Verb::Doctor { json } => doctor(json),
         Verb::Completions { shell } => Ok(args::completions(shell)?),
     }

@@ -14,7 +14,7 @@ mod time;
 
 pub use error::{Error, Place, Problem};
 pub use schema::{Loaded, load};
-pub use size::show as show_size;
+pub use size::{parse as parse_size, show as show_size};
 
 #[cfg(test)]
 mod tests;

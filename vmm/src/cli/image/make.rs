@@ -1,0 +1,172 @@
+//! Verbs that make images.
+
+use std::path::{Path, PathBuf};
+
+use vmfs_image::flat::{self, Preallocate};
+use vmfs_image::ops::{self, ConvertOptions};
+use vmfs_image::redo::{self, Mode};
+use vmfs_image::{Error, Format, OpenOptions, clone as cloning, snapshot, thin};
+
+use super::super::Failure;
+use super::progress::Progress;
+use super::{failure, output, replace};
+
+/// What a new image is to be.
+#[derive(Debug)]
+pub struct Wanted {
+    pub size: Option<u64>,
+    pub format: Format,
+    pub max_size: Option<u64>,
+    pub backing: Option<PathBuf>,
+    pub preallocate: bool,
+    pub cluster_bits: Option<u8>,
+}
+
+fn invalid<T>(path: &Path, what: impl Into<String>) -> Result<T, Error> {
+    Err(Error::Invalid { path: path.to_owned(), what: what.into() })
+}
+
+/// `vmm image create`
+pub fn create(path: &Path, wanted: &Wanted, force: bool, json: bool) -> Result<(), Failure> {
+    let _interruptible = Progress::begin("creating")?;
+    let source = wanted.backing.as_deref();
+    replace::make(path, force, source, |path| new_image(path, wanted)).map_err(failure)?;
+    output::made(path, json)
+}
+
+fn new_image(path: &Path, wanted: &Wanted) -> Result<(), Error> {
+    let &Wanted { size, format, max_size, ref backing, preallocate, cluster_bits } = wanted;
+    match format {
+        Format::Flat => {
+            if max_size.is_some() || backing.is_some() || cluster_bits.is_some() {
+                return invalid(path, "a flat image has no max-size, backing or clusters; a thin one has");
+            }
+            let preallocate = if preallocate { Preallocate::Full } else { Preallocate::Sparse };
+            flat::create(path, size.unwrap_or(0), preallocate)
+        }
+        Format::Thin if preallocate => {
+            invalid(path, "a thin image gets its space as it is written to; --preallocate is for flat ones")
+        }
+        Format::Thin => {
+            let below = backing.as_deref().map(|backing| noted(backing, path)).transpose()?;
+            let size = size.unwrap_or(below.as_ref().map_or(0, |below| below.identity.size));
+            let backing = below.map(|below| (below.path, below.format, below.identity));
+            let new = thin::Create::new(size);
+            let cluster_bits = cluster_bits.unwrap_or(new.cluster_bits);
+            thin::create(path, &thin::Create { cluster_bits, max_size, backing, ..new })
+        }
+        format => {
+            Err(Error::Unsupported { path: path.to_owned(), what: format!("new images of format {format}") })
+        }
+    }
+}
+
+/// What an image at `path` notes if it is laid on `backing`, which is marked as a base by that.
+pub fn noted(backing: &Path, path: &Path) -> Result<thin::Backing, Error> {
+    let Some(name) = path.file_name() else { return invalid(path, "is no name of a file") };
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".noted-{}", std::process::id()));
+    let hidden = path.with_file_name(hidden);
+    // A clone is marked and noted as it should be. Only its note is kept.
+    cloning::linked(backing, &hidden)?;
+    let noted = thin::peek_backing(&hidden);
+    let again = |source| Error::Io { path: hidden.clone(), what: "remove", source };
+    std::fs::remove_file(&hidden).map_err(again)?;
+    noted?.map_or_else(|| invalid(backing, "was not noted"), Ok)
+}
+
+/// `vmm image clone`
+pub fn clone(
+    base: &Path,
+    path: &Path,
+    full: bool,
+    snapshot: Option<&str>,
+    force: bool,
+    json: bool,
+) -> Result<(), Failure> {
+    let base = match snapshot {
+        None => base.to_owned(),
+        Some(name) => snapshot_file(base, name).map_err(failure)?,
+    };
+    let mut progress = Progress::begin("cloning")?;
+    replace::make(path, force, Some(&base), |path| {
+        if !full {
+            return cloning::linked(&base, path);
+        }
+        let format = vmfs_image::probe(&base)?;
+        cloning::full(&base, path, format, &mut |done, total| progress.report(done, total))
+    })
+    .map_err(failure)?;
+    drop(progress);
+    output::made(path, json)
+}
+
+fn snapshot_file(path: &Path, name: &str) -> Result<PathBuf, Error> {
+    let tree = snapshot::list(path)?;
+    match tree.snapshots.into_iter().find(|snapshot| snapshot.name == name) {
+        Some(snapshot) => Ok(snapshot.path),
+        None => {
+            invalid(path, format!("has no snapshot {name}; `vmm image snapshot ls` lists those that it has"))
+        }
+    }
+}
+
+/// How an image is converted.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// What it becomes; none: what it is.
+    pub format: Option<Format>,
+    /// What it is; none: as its first bytes say.
+    pub from: Option<Format>,
+    pub preallocate: bool,
+    pub detect_zeroes: bool,
+}
+
+/// `vmm image convert`, and `vmm image copy` to a new file
+pub fn convert(source: &Path, path: &Path, how: How, force: bool, json: bool) -> Result<(), Failure> {
+    let mut progress = Progress::begin("copying")?;
+    replace::make(path, force, Some(source), |path| {
+        refuse_pending(source)?;
+        let src = vmfs_image::open(source, &OpenOptions { format: how.from, ..OpenOptions::default() })?;
+        let format = how.format.unwrap_or(src.format());
+        if how.preallocate && format != Format::Flat {
+            return invalid(path, "--preallocate is for flat images");
+        }
+        let preallocate = if how.preallocate { Preallocate::Full } else { Preallocate::Sparse };
+        let options = ConvertOptions { format, preallocate, detect_zeroes: how.detect_zeroes };
+        ops::convert(&*src, path, &options, &mut |done, total| progress.report(done, total))
+    })
+    .map_err(failure)?;
+    drop(progress);
+    output::made(path, json)
+}
+
+/// What an image alone reads as is not what its disk reads as while a redo log waits.
+fn refuse_pending(path: &Path) -> Result<(), Error> {
+    match redo::pending(path) {
+        None => Ok(()),
+        Some(log) => invalid(
+            path,
+            format!(
+                "has changes that were not decided upon, in {}: commit or discard them first",
+                log.display()
+            ),
+        ),
+    }
+}
+
+/// `vmm image copy --into`
+pub fn copy_into(source: &Path, path: &Path, json: bool) -> Result<(), Failure> {
+    let mut progress = Progress::begin("copying")?;
+    let mut copy = || {
+        refuse_pending(source)?;
+        let src = vmfs_image::open(source, &OpenOptions::default())?;
+        let options = OpenOptions { writable: true, ..OpenOptions::default() };
+        let dst = redo::open(path, Mode::Persistent, &options)?.image;
+        ops::copy(&*src, &*dst, &mut |done, total| progress.report(done, total))
+    };
+    copy().map_err(failure)?;
+    drop(progress);
+    output::made(path, json)
+}
