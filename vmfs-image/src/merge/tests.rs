@@ -1,10 +1,14 @@
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::flat::{self, Preallocate};
+use crate::image::{Access, Place};
 use crate::redo::{self, Mode};
 use crate::snapshot::{self, About};
 use crate::test_image::{Change, change, contents, write};
@@ -436,6 +440,114 @@ fn log_whose_commit_was_given_up_before_anything_was_written_can_be_discarded() 
     drop(guest);
     redo::discard(&path).unwrap();
     assert!(bytes_of(&path) == before);
+}
+
+/// Writes to its part of a disk and looks whether it reads what it wrote, in both ways, until `stop`. The lock is what drains.
+fn load(image: &RwLock<Arc<dyn Image>>, part: u64, stop: &AtomicBool) -> Vec<u8> {
+    const PART: u64 = SIZE / 2;
+    let mut model = contents(&**image.read().unwrap());
+    model.drain(..usize::try_from(part * PART).unwrap());
+    model.truncate(usize::try_from(PART).unwrap());
+    let mut round = part + 1;
+    while !stop.load(Ordering::Relaxed) || round < 200 {
+        round += 2;
+        let unit = round * 7 % (PART / 4096);
+        let (offset, at) = (part * PART + unit * 4096, usize::try_from(unit * 4096).unwrap());
+        let byte = round.to_le_bytes()[0];
+        let image = image.read().unwrap();
+        let mut extents = Vec::new();
+        let mut found = vec![0; 4096];
+        match image.locate(offset, 4096, Access::Read, &mut extents) {
+            Some(ticket) => {
+                let mut done = 0;
+                for extent in &extents {
+                    let len = usize::try_from(extent.len).unwrap();
+                    if let Place::File { file, offset } = extent.place {
+                        image.files()[usize::from(file)]
+                            .read_exact_at(&mut found[done..done + len], offset)
+                            .unwrap();
+                    }
+                    done += len;
+                }
+                image.finish(ticket, true);
+            }
+            None => found = crate::test_image::read(&**image, offset, 4096),
+        }
+        assert!(found == model[at..at + 4096], "round {round}");
+        extents.clear();
+        match image.locate(offset, 4096, Access::Write, &mut extents) {
+            Some(ticket) if !round.is_multiple_of(3) => {
+                for extent in &extents {
+                    let Place::File { file, offset } = extent.place else { panic!("a write to nowhere") };
+                    let bytes = vec![byte; usize::try_from(extent.len).unwrap()];
+                    image.files()[usize::from(file)].write_all_at(&bytes, offset).unwrap();
+                }
+                image.finish(ticket, true);
+            }
+            ticket => {
+                if let Some(ticket) = ticket {
+                    image.finish(ticket, false);
+                }
+                write(&**image, offset, &[byte; 4096]).unwrap();
+            }
+        }
+        model[at..at + 4096].fill(byte);
+        if round % 16 < 2 {
+            image.write_zeroes(offset, 4096, true).unwrap();
+            model[at..at + 4096].fill(0);
+            image.flush().unwrap();
+        }
+    }
+    model
+}
+
+#[test]
+fn guest_with_several_threads_never_sees_anything_else_while_its_chain_is_brought_together() {
+    for (format, kind) in FORMATS.into_iter().flat_map(|format| [0, 1, 2].map(|kind| (format, kind))) {
+        let (_dir, path) = disk(format);
+        let mode = if kind == 0 { Mode::Undoable } else { Mode::Persistent };
+        if kind != 0 {
+            snapshot::create(&path, "a", &About::default()).unwrap();
+        }
+        let image = RwLock::new(redo::open(&path, mode, &writable()).unwrap().image);
+        let stop = AtomicBool::new(false);
+        let model = std::thread::scope(|scope| {
+            let threads = [0, 1].map(|part| {
+                let (image, stop) = (&image, &stop);
+                scope.spawn(move || load(image, part, stop))
+            });
+            for round in 0..8 {
+                let current = Arc::clone(&image.read().unwrap());
+                if kind != 0 && current.backing().is_none() {
+                    let name = format!("s{round}");
+                    let prepared =
+                        snapshot::prepare(&path, &current, &name, &About::default(), &writable()).unwrap();
+                    let mut drained = image.write().unwrap();
+                    *drained = prepared.switch().unwrap();
+                    continue;
+                }
+                let mut job: Box<dyn Job> = match kind {
+                    2 => Box::new(Stream::start(&current, None).unwrap()),
+                    _ => Box::new(ActiveCommit::start(&path, &current, &writable()).unwrap()),
+                };
+                drop(current);
+                loop {
+                    match job.step(16384).unwrap() {
+                        Next::Step => {}
+                        Next::Switch => {
+                            let mut drained = image.write().unwrap();
+                            *drained = job.switch().unwrap();
+                        }
+                        Next::Done => break,
+                    }
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+            threads.map(|thread| thread.join().unwrap()).concat()
+        });
+        drop(image);
+        assert!(contents(&*redo::open(&path, mode, &writable()).unwrap().image) == model);
+    }
 }
 
 proptest! {
