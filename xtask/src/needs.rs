@@ -13,7 +13,7 @@ pub const PREFIX: &str = "needs ";
 type Check = fn() -> bool;
 
 /// Requirements by the name that tests use.
-const NEEDS: [(&str, Check); 9] = [
+const NEEDS: [(&str, Check); 10] = [
     ("root", is_root),
     ("/dev/kvm", || opens("/dev/kvm")),
     ("tun", || opens("/dev/net/tun")),
@@ -21,6 +21,7 @@ const NEEDS: [(&str, Check); 9] = [
     ("network namespaces", || is_root() && Path::new("/proc/self/ns/net").exists()),
     ("XFS", || is_program("mkfs.xfs") && has_file_system("xfs")),
     ("curl", || is_program("curl")),
+    ("qemu-img", || is_program("qemu-img")),
     ("qemu-system-x86_64", || is_program("qemu-system-x86_64")),
     ("Debian's packages", || is_program("apt-get") && is_program("dpkg-deb")),
 ];
@@ -45,8 +46,13 @@ fn is_program(name: &str) -> bool {
 }
 
 /// Programs that tests call, with Debian's package of each.
-const PROGRAMS: [(&str, &str); 4] =
-    [("curl", "curl"), ("losetup", "mount"), ("mkfifo", "coreutils"), ("mkfs.xfs", "xfsprogs")];
+const PROGRAMS: [(&str, &str); 5] = [
+    ("curl", "curl"),
+    ("losetup", "mount"),
+    ("mkfifo", "coreutils"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("qemu-img", "qemu-utils"),
+];
 
 /// Installs what tests call and this machine has not got, where the user may; says which where not.
 pub fn install() {
