@@ -401,6 +401,31 @@ fn rebase_takes_a_backing_that_reads_the_same_and_others_only_if_accepted() {
 }
 
 #[test]
+fn dedupe_saves_what_it_said_and_changes_no_contents() {
+    let place = Place::new();
+    place.flat("a.raw", 4 * MIB, 0, &[7; 2 << 20]);
+    fs::create_dir(place.path("d")).unwrap();
+    for name in ["one", "two", "three"] {
+        place.ok(&format!("convert a.raw d/{name}.img --format thin"));
+    }
+    let entries = || fs::read_dir(place.path("d")).unwrap().count();
+    let foreseen = place.json("dedupe d --method base --dry-run");
+    assert_eq!(members(&foreseen), ["bases", "images", "method", "saved"]);
+    assert!(foreseen["saved"].as_u64().unwrap() >= 4 * MIB - (64 << 10), "{foreseen}");
+    assert_eq!((foreseen["images"].as_array().unwrap().len(), entries()), (3, 3));
+    let saved = place.json("dedupe d --method base");
+    assert!(saved["saved"].as_u64().unwrap() >= 4 * MIB - (256 << 10), "{saved}");
+    assert_eq!(entries(), 4);
+    for name in ["one", "two", "three"] {
+        place.ok(&format!("compare a.raw d/{name}.img"));
+        assert!(place.json(&format!("info d/{name}.img"))["backing"].is_string());
+    }
+    place.refused("dedupe missing", 1);
+    place.refused("dedupe d --method magic", 2);
+    place.refused("dedupe d --memory 4K", 2);
+}
+
+#[test]
 fn image_that_is_in_use_is_refused_with_its_holder() {
     let place = Place::new();
     place.flat("a.img", MIB, 0, &[1; 512]);

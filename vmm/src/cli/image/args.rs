@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use vmfs_image::Format;
+use vmfs_image::dedupe::Method;
 
 use crate::config;
 
@@ -199,6 +200,24 @@ pub enum ImageVerb {
         #[command(flatten)]
         output: Output,
     },
+    /// Share what the images of a directory have in common
+    #[command(after_help = "Example: vmm image dedupe /srv/disks --dry-run")]
+    Dedupe {
+        /// The directory; snapshots of its images count
+        directory: PathBuf,
+        /// Change nothing, and say what would be saved
+        #[arg(long)]
+        dry_run: bool,
+        /// "extents": in the file system, which guests do not notice; "base": thin images that nobody uses are laid on a new
+        /// one; "auto": extents where the file system can
+        #[arg(long, default_value = "auto", value_parser = method)]
+        method: Method,
+        /// The most that the table of what was seen may take, as in 64M; with less, files are read several times
+        #[arg(long, value_name = "SIZE", value_parser = memory)]
+        memory: Option<usize>,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Lay an image on another backing that reads the same, or accept the one that it has as it is
     #[command(after_help = "Example: vmm image rebase web.img --backing /srv/templates/debian.img")]
     Rebase {
@@ -289,6 +308,20 @@ fn size_change(text: &str) -> Result<SizeChange, String> {
 
 fn limit(text: &str) -> Result<Limit, String> {
     if text == "none" { Ok(Limit(None)) } else { config::parse_size(text).map(|size| Limit(Some(size))) }
+}
+
+fn method(text: &str) -> Result<Method, String> {
+    match text {
+        "auto" => Ok(Method::Auto),
+        "extents" => Ok(Method::Extents),
+        "base" => Ok(Method::Base),
+        _ => Err("has to be one of \"auto\", \"extents\", \"base\"".to_owned()),
+    }
+}
+
+fn memory(text: &str) -> Result<usize, String> {
+    let bytes = config::parse_size(text)?;
+    usize::try_from(bytes).ok().filter(|_| bytes >= 1 << 20).ok_or_else(|| "has to be 1M at least".to_owned())
 }
 
 fn cluster_bits(text: &str) -> Result<u8, String> {

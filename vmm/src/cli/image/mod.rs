@@ -2,6 +2,7 @@
 
 pub mod args;
 mod change;
+mod dedupe;
 mod look;
 mod make;
 mod output;
@@ -10,6 +11,7 @@ mod replace;
 mod running;
 
 use vmfs_image::Error;
+use vmfs_image::dedupe::Options;
 
 use super::Failure;
 use args::{ImageVerb, SnapshotVerb};
@@ -71,6 +73,11 @@ pub fn carry_out(verb: ImageVerb) -> Result<(), Failure> {
             look::compare(&first, &second, strict, output.json)
         }
         ImageVerb::Map { path, output } => look::map(&path, output.json),
+        ImageVerb::Dedupe { directory, dry_run, method, memory, output } => {
+            let options = Options { method, dry_run, ..Options::default() };
+            let memory = memory.unwrap_or(options.memory);
+            dedupe::dedupe(&directory, &Options { memory, ..options }, output.json)
+        }
         ImageVerb::Rebase { path, backing, accept, output } => {
             change::rebase(&path, backing.as_deref(), accept, output.json)
         }
