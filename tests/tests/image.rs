@@ -122,7 +122,7 @@ fn force_replaces_a_file_once_the_new_one_is_complete() {
     let place = Place::new();
     place.flat("a.img", MIB, 0, b"mine");
     assert!(place.refused("create a.img --size 8M", 1).contains("--force"));
-    place.refused("create a.img --size 2048T --force", 1);
+    assert!(place.refused("create a.img --size 2048T --force", 1).starts_with("vmm: a.img: "));
     place.refused("convert missing.img a.img --format flat --force", 1);
     assert!(place.refused("copy a.img a.img --force", 1).contains("made from"));
     assert_eq!(place.read("a.img")[..4], *b"mine");
@@ -398,6 +398,29 @@ fn rebase_takes_a_backing_that_reads_the_same_and_others_only_if_accepted() {
     place.ok("compare top.img other.img");
     place.refused("rebase base.img --accept", 1);
     place.refused("rebase top.img", 2);
+}
+
+#[test]
+fn interrupted_conversion_leaves_nothing() {
+    let place = Place::new();
+    place.flat("big.img", 256 * MIB, 0, &vec![7; 256 << 20]);
+    let before = place.names();
+    let mut command = Command::new(guest::vmm_binary().unwrap());
+    command.current_dir(place.0.path()).args(["image", "convert", "big.img", "new.img", "--format", "thin"]);
+    let mut child = command.spawn().unwrap();
+    // From its first file on it ends cleanly.
+    while place.names() == before && child.try_wait().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    let pid = i32::try_from(child.id()).unwrap();
+    // SAFETY: kill takes numbers; the child has not been waited for, or has and the answer is that there is none.
+    unsafe { libc::kill(pid, libc::SIGINT) };
+    match child.wait().unwrap().code() {
+        Some(130) => assert_eq!(place.names(), before),
+        // It was faster.
+        Some(0) => place.ok("compare big.img new.img").truncate(0),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -30,7 +30,10 @@ fn or_by_guest(
 ) -> Result<Option<String>, Failure> {
     match result {
         Ok(()) => Ok(None),
-        Err(error @ Error::Locked { .. }) => {
+        // A guest's own redo log waits too.
+        Err(error @ (Error::Locked { .. } | Error::Invalid { .. }))
+            if matches!(error, Error::Locked { .. }) || redo::pending(path).is_some() =>
+        {
             let Some(mut running) = running::find(path) else { return Err(failure(error)) };
             by_guest(&mut running)?;
             Ok(Some(running.guest))

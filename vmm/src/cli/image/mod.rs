@@ -84,14 +84,32 @@ pub fn carry_out(verb: ImageVerb) -> Result<(), Failure> {
     }
 }
 
+/// What has to be done first by somebody whose image a guest has.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}. `vmm stop {guest}` ends that guest")]
+struct InUse {
+    error: Error,
+    guest: String,
+}
+
 /// An error with its exit status.
 fn failure(error: Error) -> Failure {
-    let status = if matches!(error, Error::Interrupted { .. }) { INTERRUPTED } else { 1 };
-    Failure::Error(Box::new(error), status)
+    with_status(error, 1)
 }
 
 /// The same where 1 is no error but an answer.
 fn trouble(error: Error) -> Failure {
-    let status = if matches!(error, Error::Interrupted { .. }) { INTERRUPTED } else { 2 };
-    Failure::Error(Box::new(error), status)
+    with_status(error, 2)
+}
+
+fn with_status(error: Error, status: u8) -> Failure {
+    let guest = match &error {
+        Error::Interrupted { .. } => return Failure::Error(Box::new(error), INTERRUPTED),
+        Error::Locked { path, .. } => running::find(path).map(|running| running.guest),
+        _ => None,
+    };
+    match guest {
+        Some(guest) => Failure::Error(Box::new(InUse { error, guest }), status),
+        None => Failure::Error(Box::new(error), status),
+    }
 }

@@ -25,6 +25,24 @@ impl Drop for Unfinished {
     }
 }
 
+/// The error with the name that the user gave in place of the one that the new file had meanwhile.
+fn renamed(mut error: Error, hidden: &Path, path: &Path) -> Error {
+    match &mut error {
+        // Whatever was interrupted.
+        Error::Interrupted { path: named } => path.clone_into(named),
+        Error::Open { path: named, .. }
+        | Error::Invalid { path: named, .. }
+        | Error::Unsupported { path: named, .. }
+        | Error::Io { path: named, .. }
+            if named == hidden =>
+        {
+            path.clone_into(named);
+        }
+        _ => {}
+    }
+    error
+}
+
 /// Has `make` make a file at `path`. What is there is replaced if `force` says so, in one step and not before the new one is
 /// complete; `source` is what it is made from.
 ///
@@ -39,7 +57,9 @@ pub fn make(
     make: impl FnOnce(&Path) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let about = match path.symlink_metadata() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return make(path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return make(path).map_err(|error| renamed(error, path, path));
+        }
         Err(error) => return Err(failed(path, "examine")(error)),
         Ok(_) if !force => {
             return invalid(path, "there is something of that name already; --force replaces it");
@@ -76,7 +96,7 @@ pub fn make(
     hidden.push(name);
     hidden.push(format!(".new-{}", std::process::id()));
     let new = Unfinished(path.with_file_name(hidden));
-    make(&new.0)?;
+    make(&new.0).map_err(|error| renamed(error, &new.0, path))?;
     std::fs::rename(&new.0, path).map_err(failed(path, "replace"))?;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed(directory, "write"))
