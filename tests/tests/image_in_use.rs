@@ -37,4 +37,11 @@ fn disk_of_a_running_guest_is_shown_and_refused_with_the_guest_and_what_to_do() 
         assert!(said.contains(&format!("`vmm stop {}`", guest.name())), "{args:?}: {said}");
     }
     assert!(!std::path::Path::new(copy).exists());
+
+    for args in [["disk", "retry", guest.name(), "7"], ["disk", "retry", "nobody", "0"]] {
+        let output = guest.vmm(&args).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains(if args[3] == "7" { "7" } else { "nobody" }), "{args:?}: {said}");
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use super::disk::DiskVerb;
 use super::image::args::ImageVerb;
 
 /// Verbs of the contract that are still to come.
@@ -94,6 +95,9 @@ pub enum Verb {
         /// Name of the guest
         name: String,
     },
+    /// Limit, exchange and decide on disks of a running guest: `vmm disk --help`
+    #[command(subcommand)]
+    Disk(DiskVerb),
     /// Make, copy, examine and change disks: `vmm image --help`
     #[command(subcommand)]
     Image(ImageVerb),
@@ -196,6 +200,30 @@ mod tests {
         assert!(matches!(asked("vmm stop web --now").unwrap().verb, Verb::Stop { now: true, .. }));
         let run = asked("vmm -vv --log l --config a.toml").unwrap();
         assert_eq!((run.verbosity, run.log.as_deref()), (2, Some(std::path::Path::new("l"))));
+    }
+
+    #[test]
+    fn orders_to_disks_of_guests_are_understood() {
+        for line in [
+            "vmm disk retry web",
+            "vmm disk retry web 1",
+            "vmm disk limits web 0 --iops 500 --bandwidth 20M --burst 250ms",
+            "vmm disk medium web 1 tools.img --format flat",
+            "vmm disk at-power-off web 0 discard",
+        ] {
+            assert!(matches!(asked(line).expect(line).verb, Verb::Disk(_)), "{line}");
+        }
+        for line in [
+            "vmm disk",
+            "vmm disk retry",
+            "vmm disk retry web -1",
+            "vmm disk limits web 0 --iops 0",
+            "vmm disk limits web 0 --bandwidth 20",
+            "vmm disk medium web 1",
+            "vmm disk at-power-off web 0 forget",
+        ] {
+            assert_eq!(asked(line).map(|_| ()).expect_err(line).exit_code(), 2, "{line}");
+        }
     }
 
     #[test]

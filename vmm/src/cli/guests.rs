@@ -45,6 +45,11 @@ fn connect(guest: &Guest) -> Result<Client, client::Error> {
     Client::connect(&guest.socket(), PATIENCE)
 }
 
+/// A connection to the monitor of the guest `name`.
+pub fn connect_to(name: &str) -> Result<Client, Failure> {
+    Ok(connect(&find(name)?)?)
+}
+
 /// What `vmm ps` knows of a guest: what it says of itself, or why it says nothing.
 enum Listed {
     Answers(Box<Status>),

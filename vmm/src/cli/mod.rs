@@ -1,6 +1,7 @@
 //! The command line: what the user asked for, done, and the one place where errors are printed and exit statuses chosen.
 
 mod args;
+mod disk;
 mod guests;
 mod image;
 mod log;
@@ -66,6 +67,7 @@ fn carry_out(asked: Asked) -> Result<(), Failure> {
         Verb::Resume { name } => guests::resume(&name),
         Verb::Stop { name, timeout, now } => guests::stop(&name, timeout, now),
         Verb::Kill { name } => guests::kill(&name),
+        Verb::Disk(verb) => disk::carry_out(verb),
         Verb::Image(verb) => image::carry_out(verb),
         Verb::Doctor { json } => doctor(json),
         Verb::Completions { shell } => Ok(args::completions(shell)?),

@@ -15,6 +15,7 @@ mod time;
 pub use error::{Error, Place, Problem};
 pub use schema::{Loaded, load};
 pub use size::{parse as parse_size, show as show_size};
+pub use time::parse as parse_time;
 
 #[cfg(test)]
 mod tests;

@@ -22,6 +22,15 @@ fn writable() -> OpenOptions {
     OpenOptions { writable: true, ..OpenOptions::default() }
 }
 
+/// What came of asking a guest's monitor.
+#[derive(Debug, thiserror::Error)]
+#[error("disk {} is in use by guest {guest}, whose monitor was asked (`vmm stop {guest}` ends that guest)", path.display())]
+struct Asked {
+    path: PathBuf,
+    guest: String,
+    source: Box<dyn std::error::Error>,
+}
+
 /// If `result` is that somebody has the image, and that is a guest of this host, does it by the guest and gives its name.
 fn or_by_guest(
     path: &Path,
@@ -35,8 +44,14 @@ fn or_by_guest(
             if matches!(error, Error::Locked { .. }) || redo::pending(path).is_some() =>
         {
             let Some(mut running) = running::find(path) else { return Err(failure(error)) };
-            by_guest(&mut running)?;
-            Ok(Some(running.guest))
+            match by_guest(&mut running) {
+                Ok(()) => Ok(Some(running.guest)),
+                Err(Failure::Error(source, status)) => {
+                    let (path, guest) = (path.to_owned(), running.guest);
+                    Err(Failure::Error(Box::new(Asked { path, guest, source }), status))
+                }
+                Err(told) => Err(told),
+            }
         }
         Err(error) => Err(failure(error)),
     }
