@@ -401,6 +401,39 @@ fn rebase_takes_a_backing_that_reads_the_same_and_others_only_if_accepted() {
 }
 
 #[test]
+fn base_of_a_clone_that_was_not_made_is_as_it_was() {
+    let place = Place::new();
+    place.flat("base.img", MIB, 0, b"x");
+    place.refused("clone base.img nowhere/web.img", 1);
+    place.refused("create web.img --backing base.img --max-size 64K", 1);
+    assert!(!fs::metadata(place.path("base.img")).unwrap().permissions().readonly());
+}
+
+#[test]
+fn names_that_are_no_text_reach_neither_the_terminal_nor_break_json() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    let base = std::ffi::OsStr::from_bytes(b"\x1b[31m\xff.img");
+    fs::write(place.path("base.img"), [1; 512]).unwrap();
+    fs::rename(place.path("base.img"), place.0.path().join(base)).unwrap();
+    let image = |args: &[&std::ffi::OsStr]| {
+        let mut command = Command::new(guest::vmm_binary().unwrap());
+        command.current_dir(place.0.path()).arg("image").args(args).output().unwrap()
+    };
+    assert!(image(&["clone".as_ref(), base, "web.img".as_ref()]).status.success());
+    for line in ["info web.img --chain", "map web.img"] {
+        let text = place.ok(line);
+        assert!(text.contains("[31m") && !text.contains('\u{1b}'), "{text:?}");
+        place.json(line);
+    }
+    for verb in ["info", "check", "map"] {
+        let output = image(&[verb.as_ref(), base, "--json".as_ref()]);
+        let value: Value = serde_json::from_slice(&output.stdout).expect(verb);
+        assert!(value.to_string().contains(".img"), "{verb}: {value}");
+    }
+}
+
+#[test]
 fn interrupted_conversion_leaves_nothing() {
     let place = Place::new();
     place.flat("big.img", 256 * MIB, 0, &vec![7; 256 << 20]);

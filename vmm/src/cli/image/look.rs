@@ -10,7 +10,7 @@ use vmfs_image::thin::check::{self, Report};
 use vmfs_image::{Error, Format, OpenOptions, snapshot};
 
 use super::super::{Failure, print_json};
-use super::output::with_bytes;
+use super::output::{lossy, plain, with_bytes};
 use super::progress::Progress;
 use super::{failure, output, trouble};
 
@@ -48,7 +48,7 @@ pub fn check(path: &Path, repair: bool, json: bool) -> Result<(), Failure> {
     };
     let status = report.as_ref().map_or(0, verdict);
     if json {
-        print_json(&Checked { path, format, sound: status == 0, report })?;
+        print_json(&Checked { path: &lossy(path), format, sound: status == 0, report })?;
     } else {
         print_check(path, format, report.as_ref())?;
     }
@@ -157,7 +157,9 @@ pub fn map(path: &Path, json: bool) -> Result<(), Failure> {
 
 fn json_piece(out: &mut dyn Write, piece: &Piece<'_>, first: bool) -> Result<(), Failure> {
     let comma = if first { "" } else { "," };
-    Ok(write!(out, "{comma}{}", serde_json::to_string(piece)?)?)
+    let image = piece.image.map(lossy);
+    let piece = Piece { image: image.as_deref(), ..*piece };
+    Ok(write!(out, "{comma}{}", serde_json::to_string(&piece)?)?)
 }
 
 fn row(out: &mut dyn Write, piece: &Piece<'_>) -> Result<(), Failure> {
@@ -167,6 +169,6 @@ fn row(out: &mut dyn Write, piece: &Piece<'_>) -> Result<(), Failure> {
         (false, false) => "nothing",
     };
     let at = piece.file_offset.map_or("-".to_owned(), |offset| offset.to_string());
-    let image = piece.image.map_or("-".to_owned(), |path| path.display().to_string());
+    let image = piece.image.map_or("-".to_owned(), |path| plain(path.display()));
     Ok(writeln!(out, "{:>16}  {:>16}  {holds:7}  {at:>16}  {image}", piece.offset, piece.len)?)
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use vmfs_image::flat::{self, Preallocate};
+use vmfs_image::image::SECTOR;
 use vmfs_image::ops::{self, ConvertOptions};
 use vmfs_image::redo::{self, Mode};
 use vmfs_image::{Error, Format, OpenOptions, clone as cloning, snapshot, thin};
@@ -34,6 +35,27 @@ pub fn create(path: &Path, wanted: &Wanted, force: bool, json: bool) -> Result<(
     output::made(path, json)
 }
 
+/// Tries whether a thin image can be made at `path`: before a backing is marked as a base, which stays even if nothing comes of
+/// the image, since another clone may rely on it by then.
+fn try_out(path: &Path, new: &thin::Create) -> Result<(), Error> {
+    let hidden = hidden(path)?;
+    thin::create(&hidden, new).map_err(|error| replace::renamed(error, &hidden, path))?;
+    remove(&hidden)
+}
+
+/// A name for a file that is there for a moment, beside `path`.
+fn hidden(path: &Path) -> Result<PathBuf, Error> {
+    let Some(name) = path.file_name() else { return invalid(path, "is no name of a file") };
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".noted-{}", std::process::id()));
+    Ok(path.with_file_name(hidden))
+}
+
+fn remove(path: &Path) -> Result<(), Error> {
+    std::fs::remove_file(path).map_err(|source| Error::Io { path: path.to_owned(), what: "remove", source })
+}
+
 fn new_image(path: &Path, wanted: &Wanted) -> Result<(), Error> {
     let &Wanted { size, format, max_size, ref backing, preallocate, cluster_bits } = wanted;
     match format {
@@ -48,12 +70,15 @@ fn new_image(path: &Path, wanted: &Wanted) -> Result<(), Error> {
             invalid(path, "a thin image gets its space as it is written to; --preallocate is for flat ones")
         }
         Format::Thin => {
-            let below = backing.as_deref().map(|backing| noted(backing, path)).transpose()?;
-            let size = size.unwrap_or(below.as_ref().map_or(0, |below| below.identity.size));
-            let backing = below.map(|below| (below.path, below.format, below.identity));
-            let new = thin::Create::new(size);
-            let cluster_bits = cluster_bits.unwrap_or(new.cluster_bits);
-            thin::create(path, &thin::Create { cluster_bits, max_size, backing, ..new })
+            let new = thin::Create::new(size.unwrap_or(SECTOR));
+            let new =
+                thin::Create { cluster_bits: cluster_bits.unwrap_or(new.cluster_bits), max_size, ..new };
+            let Some(backing) = backing else { return thin::create(path, &new) };
+            try_out(path, &new)?;
+            let below = noted(backing, path)?;
+            let size = size.unwrap_or(below.identity.size);
+            let backing = Some((below.path, below.format, below.identity));
+            thin::create(path, &thin::Create { size, backing, ..new })
         }
         format => {
             Err(Error::Unsupported { path: path.to_owned(), what: format!("new images of format {format}") })
@@ -63,16 +88,11 @@ fn new_image(path: &Path, wanted: &Wanted) -> Result<(), Error> {
 
 /// What an image at `path` notes if it is laid on `backing`, which is marked as a base by that.
 pub fn noted(backing: &Path, path: &Path) -> Result<thin::Backing, Error> {
-    let Some(name) = path.file_name() else { return invalid(path, "is no name of a file") };
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(format!(".noted-{}", std::process::id()));
-    let hidden = path.with_file_name(hidden);
+    let hidden = hidden(path)?;
     // A clone is marked and noted as it should be. Only its note is kept.
     cloning::linked(backing, &hidden)?;
     let noted = thin::peek_backing(&hidden);
-    let again = |source| Error::Io { path: hidden.clone(), what: "remove", source };
-    std::fs::remove_file(&hidden).map_err(again)?;
+    remove(&hidden)?;
     noted?.map_or_else(|| invalid(backing, "was not noted"), Ok)
 }
 
@@ -90,14 +110,19 @@ pub fn clone(
         Some(name) => snapshot_file(base, name).map_err(failure)?,
     };
     let mut progress = Progress::begin("cloning")?;
-    replace::make(path, force, Some(&base), |path| {
+    let mut make = |path: &Path| {
         if !full {
+            // As with `try_out`; there is nothing more that could be wrong with a clone.
+            let hidden = hidden(path)?;
+            let failed = |source| Error::Io { path: path.to_owned(), what: "create", source };
+            std::fs::File::create_new(&hidden).map_err(failed)?;
+            remove(&hidden)?;
             return cloning::linked(&base, path);
         }
         let format = vmfs_image::probe(&base)?;
         cloning::full(&base, path, format, &mut |done, total| progress.report(done, total))
-    })
-    .map_err(failure)?;
+    };
+    replace::make(path, force, Some(&base), &mut make).map_err(failure)?;
     drop(progress);
     output::made(path, json)
 }

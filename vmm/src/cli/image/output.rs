@@ -12,6 +12,16 @@ use vmfs_image::{Error, Image, Info, OpenOptions, clone, redo, snapshot, thin};
 use super::super::{Failure, print_json};
 use crate::config::show_size;
 
+/// A path that JSON can hold: what is not UTF-8 is replaced.
+pub fn lossy(path: impl AsRef<Path>) -> PathBuf {
+    path.as_ref().to_string_lossy().into_owned().into()
+}
+
+/// Text for a terminal. What names come from an image may be meant for the terminal itself.
+pub fn plain(text: impl std::fmt::Display) -> String {
+    text.to_string().chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
 /// An image as it is shown.
 #[derive(Debug, Serialize)]
 pub struct Shown {
@@ -28,16 +38,19 @@ pub struct Shown {
 }
 
 impl Shown {
-    fn new(info: Info, in_use_by: Option<String>) -> Self {
+    fn new(mut info: Info, in_use_by: Option<String>) -> Self {
         let path = &info.path;
         let snapshots = snapshot::list(path).map_or(0, |tree| tree.snapshots.len());
-        let (pending, is_base) = (redo::pending(path), clone::is_base(path));
+        let (pending, is_base) = (redo::pending(path).map(lossy), clone::is_base(path));
+        info.path = lossy(&info.path);
+        info.backing = info.backing.map(lossy);
         Self { pending, snapshots, is_base, in_use_by, info }
     }
 
     fn print(&self, out: &mut dyn Write) -> io::Result<()> {
         let info = &self.info;
-        let mut row = |name: &str, value: &dyn std::fmt::Display| writeln!(out, "{name:<13} {value}");
+        let mut row =
+            |name: &str, value: &dyn std::fmt::Display| writeln!(out, "{name:<13} {}", plain(value));
         row("image", &info.path.display())?;
         row("format", &info.format)?;
         row("size", &with_bytes(info.size))?;
@@ -135,7 +148,8 @@ pub fn made(path: &Path, json: bool) -> Result<(), Failure> {
         return show(&images, false, true);
     }
     if let Some(Shown { info, .. }) = images.first() {
-        let on = info.backing.as_ref().map_or(String::new(), |below| format!(" on {}", below.display()));
+        let on =
+            info.backing.as_ref().map_or(String::new(), |below| format!(" on {}", plain(below.display())));
         writeln!(io::stdout(), "{}: {}, {}{on}", path.display(), info.format, show_size(info.size))?;
     }
     Ok(())
@@ -159,7 +173,7 @@ impl Done<'_> {
     /// Says so; `sentence` to people.
     pub fn say(&self, json: bool, sentence: &str) -> Result<(), Failure> {
         if json {
-            return print_json(self);
+            return print_json(&Done { path: &lossy(self.path), guest: self.guest.clone(), ..*self });
         }
         let by = self.guest.as_ref().map_or(String::new(), |guest| format!(", by the running guest {guest}"));
         Ok(writeln!(io::stdout(), "{}: {sentence}{by}", self.path.display())?)
@@ -178,7 +192,7 @@ pub fn with_bytes(bytes: u64) -> String {
 #[derive(Debug, Serialize)]
 struct Listed<'a> {
     name: &'a str,
-    path: &'a Path,
+    path: PathBuf,
     parent: Option<&'a str>,
     /// Seconds since 1970.
     created: u64,
@@ -198,7 +212,7 @@ pub fn show_tree(path: &Path, tree: &Tree, json: bool) -> Result<(), Failure> {
             .iter()
             .map(|snapshot| Listed {
                 name: &snapshot.name,
-                path: &snapshot.path,
+                path: lossy(&snapshot.path),
                 parent: snapshot.parent.as_deref(),
                 created: seconds(snapshot.created),
                 description: &snapshot.description,
@@ -209,7 +223,7 @@ pub fn show_tree(path: &Path, tree: &Tree, json: bool) -> Result<(), Failure> {
                 deleting: snapshot.deleting,
             })
             .collect();
-        return print_json(&serde_json::json!({"path": path, "head": tree.head, "snapshots": listed}));
+        return print_json(&serde_json::json!({"path": lossy(path), "head": tree.head, "snapshots": listed}));
     }
     if tree.snapshots.is_empty() {
         return Ok(writeln!(io::stdout(), "{}: no snapshots", path.display())?);
@@ -253,7 +267,7 @@ fn branch(tree: &Tree, parent: Option<&str>, indent: &str, rows: &mut Vec<(Strin
         }
         if !child.description.is_empty() {
             about += "  ";
-            about.extend(child.description.chars().map(|c| if c.is_control() { ' ' } else { c }));
+            about += &plain(&child.description);
         }
         rows.push((format!("{indent}{joint}{}", child.name), about));
         let indent = match (parent, last) {

@@ -26,7 +26,7 @@ impl Drop for Unfinished {
 }
 
 /// The error with the name that the user gave in place of the one that the new file had meanwhile.
-fn renamed(mut error: Error, hidden: &Path, path: &Path) -> Error {
+pub fn renamed(mut error: Error, hidden: &Path, path: &Path) -> Error {
     match &mut error {
         // Whatever was interrupted.
         Error::Interrupted { path: named } => path.clone_into(named),
