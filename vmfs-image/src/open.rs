@@ -318,14 +318,12 @@ pub(crate) fn set_direct(file: &File, path: &Path) -> Result<Alignment, Error> {
 
 /// As the kernel tells it, or an alignment that is enough everywhere where it does not. `None` where there is no direct I/O.
 fn alignment(file: &File) -> Option<Alignment> {
+    use rustix::fs::{AtFlags, StatxFlags};
+    /// `STATX_DIOALIGN` (statx(2)).
+    const WANTED: StatxFlags = StatxFlags::from_bits_retain(0x2000);
     let careful = Some(Alignment { memory: 4096, file: 4096 });
-    // SAFETY: a structure of integers, for which zeroes are valid.
-    let mut about: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is empty and ends in zero, and `about` has room for what the call fills.
-    let got = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut about)
-    };
-    if got != 0 || about.stx_mask & libc::STATX_DIOALIGN == 0 {
+    let Ok(about) = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, WANTED) else { return careful };
+    if about.stx_mask & WANTED.bits() == 0 {
         return careful;
     }
     match (about.stx_dio_mem_align, about.stx_dio_offset_align) {

@@ -244,24 +244,16 @@ fn clone_range(src: &File, from: u64, dst: &File, to: u64, len: u64) -> io::Resu
     Ok(())
 }
 
-fn copy_range(src: &File, from: u64, dst: &File, to: u64, len: u64) -> io::Result<()> {
-    let off = |offset| libc::off64_t::try_from(offset).map_err(io::Error::other);
-    let (mut from, mut to) = (off(from)?, off(to)?);
+fn copy_range(src: &File, mut from: u64, dst: &File, mut to: u64, len: u64) -> io::Result<()> {
     let mut left = usize::try_from(len).map_err(io::Error::other)?;
     while left > 0 {
-        // SAFETY: both offsets are integers that the call may change.
-        let done = unsafe {
-            libc::copy_file_range(src.as_raw_fd(), &raw mut from, dst.as_raw_fd(), &raw mut to, left, 0)
-        };
-        match usize::try_from(done) {
+        // Not by libc's function: the standard library refers to it weakly, and a static binary that is optimized as a
+        // whole is linked without it then.
+        match rustix::fs::copy_file_range(src, Some(&mut from), dst, Some(&mut to), left) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(done) => left -= done,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
