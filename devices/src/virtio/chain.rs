@@ -68,13 +68,29 @@ impl<'a> Buffers<'a> {
         let outside = || Error::Memory { address: address.0, len };
         let bytes = usize::try_from(len).map_err(|_| outside())?;
         for piece in memory.get_slices(address, bytes, access).map_err(|_| outside())? {
+            let piece = piece.map_err(|_| outside())?;
             if self.pieces.len() == MAX_PIECES {
                 return Err(Error::Pieces);
             }
-            self.pieces.push(piece.map_err(|_| outside())?);
+            if !piece.is_empty() {
+                self.pieces.push(piece);
+            }
         }
         self.len += bytes;
         Ok(())
+    }
+
+    /// Adds a piece.
+    #[cfg(test)]
+    pub fn add(&mut self, piece: VolatileSlice<'a>) {
+        self.len += piece.len();
+        self.pieces.push(piece);
+    }
+
+    /// Drops all pieces, and keeps their room.
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        self.len = 0;
     }
 
     /// Cuts off and returns the last `count` bytes.
@@ -83,28 +99,18 @@ impl<'a> Buffers<'a> {
     ///
     /// [`Error::Short`]; nothing is cut then.
     pub fn split_last(&mut self, count: usize) -> Result<Self, Error> {
-        let keep =
-            self.len.checked_sub(count).ok_or(Error::Short { missing: count.saturating_sub(self.len) })?;
-        let mut last = Self::default();
-        let mut at = 0;
-        let mut pieces = Vec::with_capacity(self.pieces.len());
-        for piece in self.pieces.drain(..) {
-            let cut = keep.saturating_sub(at).min(piece.len());
-            at += piece.len();
-            // Both halves lie within the piece, so that neither call fails.
-            if cut > 0
-                && let Ok(front) = piece.subslice(0, cut)
-            {
-                pieces.push(front);
-            }
-            if cut < piece.len()
-                && let Ok(back) = piece.offset(cut)
-            {
-                last.pieces.push(back);
-            }
+        let keep = self.len.checked_sub(count).ok_or_else(|| self.short_of(count))?;
+        let (at, within) = self.find(keep);
+        let mut last = Self { pieces: self.pieces.split_off(at), len: count };
+        // The cut lies within the piece, so that neither call fails.
+        if within > 0
+            && let Some(first) = last.pieces.first_mut()
+            && let (Ok(front), Ok(back)) = (first.subslice(0, within), first.offset(within))
+        {
+            self.pieces.push(front);
+            *first = back;
         }
-        self.pieces = pieces;
-        (self.len, last.len) = (keep, count);
+        self.len = keep;
         Ok(last)
     }
 
@@ -114,9 +120,36 @@ impl<'a> Buffers<'a> {
     ///
     /// [`Error::Short`]; nothing is cut then.
     pub fn split_at(&mut self, count: usize) -> Result<Self, Error> {
-        let rest =
-            self.len.checked_sub(count).ok_or(Error::Short { missing: count.saturating_sub(self.len) })?;
+        let rest = self.len.checked_sub(count).ok_or_else(|| self.short_of(count))?;
         self.split_last(rest)
+    }
+
+    fn short_of(&self, count: usize) -> Error {
+        Error::Short { missing: count.saturating_sub(self.len) }
+    }
+
+    /// The piece that byte `at`, which is at most the end, lies in, and where in it.
+    fn find(&self, at: usize) -> (usize, usize) {
+        let mut left = at;
+        for (index, piece) in self.pieces.iter().enumerate() {
+            match left.checked_sub(piece.len()) {
+                Some(rest) => left = rest,
+                None => return (index, left),
+            }
+        }
+        (self.pieces.len(), 0)
+    }
+
+    /// Takes `count` bytes, which there are, off the front.
+    fn drop_front(&mut self, count: usize) {
+        let (at, within) = self.find(count);
+        self.pieces.drain(..at);
+        if let Some(first) = self.pieces.first_mut()
+            && let Ok(rest) = first.offset(within)
+        {
+            *first = rest;
+        }
+        self.len -= count;
     }
 
     /// Takes bytes off the front into `data`.
@@ -125,12 +158,17 @@ impl<'a> Buffers<'a> {
     ///
     /// [`Error::Short`]; nothing is taken then.
     pub fn read(&mut self, data: &mut [u8]) -> Result<(), Error> {
-        let rest = self.split_at(data.len())?;
-        let front = std::mem::replace(self, rest);
+        if self.len < data.len() {
+            return Err(self.short_of(data.len()));
+        }
         let mut at = 0;
-        for piece in &front.pieces {
+        for piece in &self.pieces {
+            if at == data.len() {
+                break;
+            }
             at += piece.copy_to(&mut data[at..]);
         }
+        self.drop_front(data.len());
         Ok(())
     }
 
@@ -140,15 +178,37 @@ impl<'a> Buffers<'a> {
     ///
     /// [`Error::Short`]; nothing is written then.
     pub fn write(&mut self, data: &[u8]) -> Result<(), Error> {
-        let rest = self.split_at(data.len())?;
-        let front = std::mem::replace(self, rest);
+        if self.len < data.len() {
+            return Err(self.short_of(data.len()));
+        }
         let mut at = 0;
-        for piece in &front.pieces {
-            let part = &data[at..at + piece.len()];
+        for piece in &self.pieces {
+            let part = &data[at..data.len().min(at + piece.len())];
             piece.copy_from(part);
             at += part.len();
         }
+        self.drop_front(data.len());
         Ok(())
+    }
+
+    /// Cuts off the last byte.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Short`] if there is none.
+    pub fn take_last(&mut self) -> Result<VolatileSlice<'a>, Error> {
+        let short = Error::Short { missing: 1 };
+        // Pieces of no bytes are nowhere among them.
+        let Some(piece) = self.pieces.pop() else { return Err(short) };
+        let rest = piece.len().checked_sub(1).ok_or(short)?;
+        let byte = piece.offset(rest).map_err(|_| Error::Short { missing: 1 })?;
+        if rest > 0
+            && let Ok(front) = piece.subslice(0, rest)
+        {
+            self.pieces.push(front);
+        }
+        self.len -= 1;
+        Ok(byte)
     }
 
     /// The pieces as the kernel takes them. They point into guest memory, which outlives the borrow that this
@@ -170,7 +230,7 @@ impl<'a> Buffers<'a> {
 }
 
 /// A descriptor chain: first what the device reads, then what it writes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Chain<'a> {
     /// What names the chain in the used ring.
     pub head: u16,
@@ -190,10 +250,26 @@ impl<'a> Chain<'a> {
         memory: &'a GuestRam,
         chain: virtio_queue::DescriptorChain<&GuestRam>,
     ) -> Result<Self, Error> {
-        let mut parsed =
-            Self { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        let mut parsed = Self::default();
+        parsed.refill(memory, chain)?;
+        Ok(parsed)
+    }
+
+    /// As [`parse`](Self::parse), in the place of another chain, whose room is used again.
+    ///
+    /// # Errors
+    ///
+    /// As of `parse`.
+    pub fn refill(
+        &mut self,
+        memory: &'a GuestRam,
+        chain: virtio_queue::DescriptorChain<&GuestRam>,
+    ) -> Result<(), Error> {
+        self.head = chain.head_index();
+        self.readable.clear();
+        self.writable.clear();
         // The iterator simply ends where it cannot go on, with the last descriptor still naming a next one.
-        let mut goes_on = true;
+        let (mut goes_on, mut has_writable) = (true, false);
         for (count, descriptor) in chain.enumerate() {
             // Descriptors of no bytes make no pieces, and an indirect table has room for 65,535 of them.
             if count == MAX_DESCRIPTORS {
@@ -202,14 +278,15 @@ impl<'a> Chain<'a> {
             goes_on = descriptor.has_next();
             let (address, len) = (descriptor.addr(), descriptor.len());
             if descriptor.is_write_only() {
-                parsed.writable.push(memory, address, len, Permissions::Write)?;
-            } else if parsed.writable.pieces.is_empty() {
-                parsed.readable.push(memory, address, len, Permissions::Read)?;
-            } else {
+                has_writable = true;
+                self.writable.push(memory, address, len, Permissions::Write)?;
+            } else if has_writable {
                 return Err(Error::Order);
+            } else {
+                self.readable.push(memory, address, len, Permissions::Read)?;
             }
         }
-        if goes_on { Err(Error::Endless) } else { Ok(parsed) }
+        if goes_on { Err(Error::Endless) } else { Ok(()) }
     }
 }
 

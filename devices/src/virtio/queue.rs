@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -74,24 +75,56 @@ impl DeviceQueue {
     /// A chain that breaks the rules is given back unused, and the next one is looked at, up to [`REFUSALS`] of
     /// them: a driver that makes them faster than they are refused holds nobody up.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Option<Chain<'m>> {
+        let mut chain = Chain::default();
+        self.pop_into(memory, &mut chain).then_some(chain)
+    }
+
+    /// As [`pop`](Self::pop), in the place of another chain, whose room is used again; false if there is none.
+    pub fn pop_into<'m>(&mut self, memory: &'m GuestRam, into: &mut Chain<'m>) -> bool {
         for _ in 0..REFUSALS.min(self.queue.size()) {
             if self.broken {
-                return None;
+                return false;
             }
-            let next = match self.queue.iter(memory) {
-                Ok(mut chains) => chains.next()?,
+            let next = match self.queue.iter(memory).map(|mut chains| chains.next()) {
+                Ok(Some(next)) => next,
+                Ok(None) => return false,
                 Err(error) => {
                     self.fail(&format!("its available ring cannot be read: {error}"));
-                    return None;
+                    return false;
                 }
             };
             let head = next.head_index();
-            match Chain::parse(memory, next) {
-                Ok(chain) => return Some(chain),
+            match into.refill(memory, next) {
+                Ok(()) => return true,
                 Err(error) => self.refuse(head, &error),
             }
         }
-        None
+        false
+    }
+
+    /// Whether the driver has made chains available that were not popped yet.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        !self.broken && available.is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
+    /// Most chains that can be made available at a time.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Its index among the device's queues.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Signals the kick itself, so that what is left is served once others on the device's thread had their turn.
+    pub fn come_back(&self) {
+        // Only an overflow of the counter can fail, and then the event is signalled already.
+        self.kick.write(1).unwrap_or_default();
     }
 
     /// Gives chain `head` back unused because of `error`.
@@ -182,8 +215,7 @@ impl DeviceQueue {
             self.suppress_kicks();
         }
         self.notify();
-        // Only an overflow of the counter can fail, and then the event is signalled already.
-        self.kick.write(1).unwrap_or_default();
+        self.come_back();
     }
 
     fn fail(&mut self, what: &str) {

@@ -317,6 +317,10 @@ mod tests {
         let worker = Worker::spawn("bad", Bad).unwrap();
         worker.pause();
         worker.resume();
+        while !worker.control.lock().ended {
+            thread::yield_now();
+        }
+        worker.pause();
         assert!(worker.stop().is_none());
     }
 

@@ -1,6 +1,7 @@
 //! A disk as it is controlled from outside.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use vmfs_image::Image;
@@ -72,23 +73,34 @@ impl BlockControl {
     }
 
     /// Tries requests again that wait since an error.
-    pub fn retry(&self) {}
+    pub fn retry(&self) {
+        self.0.retries.fetch_add(1, Ordering::AcqRel);
+        self.0.threads().follow();
+    }
 
     /// Why requests wait, if some do because of an error.
     #[must_use]
     pub fn waiting(&self) -> Option<String> {
-        None
+        self.0.why_waiting()
     }
 
-    /// Limits the guest from now on.
+    /// Limits the guest from now on; what waits because of the limits before is looked at anew.
     pub fn set_limits(&self, limits: Limits) {
-        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        self.0.limiter.set(limits);
+        self.0.threads().follow();
     }
 
     /// The limits.
     #[must_use]
     pub fn limits(&self) -> Limits {
-        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.limiter.limits()
+    }
+
+    /// What moves data: `io_uring`, or `plain` system calls. Whether the host has the former is known once the guest has
+    /// used the disk.
+    #[must_use]
+    pub fn engine(&self) -> &'static str {
+        if self.0.is_plain() { "plain" } else { "io_uring" }
     }
 
     /// What the disk has done so far.

@@ -17,7 +17,7 @@ use super::SECTOR;
 use super::config::Space;
 use super::control::BlockControl;
 use super::options::{BlockOptions, MAX_QUEUES};
-use super::request::{ID_LEN, Target};
+use super::request::ID_LEN;
 use super::shared::Shared;
 use super::worker::Server;
 use crate::virtio::device::{Activation, VirtioDevice};
@@ -87,14 +87,10 @@ impl VirtioDevice for Block {
         let mut threads = self.shared.threads();
         for queue in queues {
             let name = format!("block{}", queue.index);
-            let target = Target {
-                image: None,
-                shared: self.shared.clone(),
-                write_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
-                id: self.id,
-            };
+            let write_through = features >> VIRTIO_BLK_F_FLUSH & 1 == 0;
             let queue = DeviceQueue::new(queue, memory.clone(), interrupt.clone());
-            match Worker::spawn_as(&name, Server { queue, target }, threads.held()) {
+            let server = Server::new(queue, self.shared.clone(), write_through, self.id);
+            match server.and_then(|server| Worker::spawn_as(&name, server, threads.held())) {
                 Ok(worker) => threads.workers.push(worker),
                 Err(error) => {
                     threads.workers.clear();

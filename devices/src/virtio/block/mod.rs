@@ -1,11 +1,28 @@
 //! A disk (virtio 1.2, section 5.2) on an image.
+//!
+//! ```text
+//!  BlockControl ──▶ Shared: image, limits, counters, who waits ◀── Block (the device as its transport sees it)
+//!                      │
+//!     one Server a queue, on a thread of its own (worker)
+//!        │  takes chains ─▶ Request in a Slot
+//!        ├─▶ Mover: data of files ─ at once from and to the page cache ─ else Ring (io_uring)
+//!        ├─▶ Pool: calls that wait (commits, discards, what the image cannot locate)
+//!        └─▶ answers, by one interrupt for many
+//! ```
 
+mod calls;
 mod config;
 mod control;
 mod device;
+mod limiter;
+mod mover;
 mod options;
+mod polling;
+mod pool;
 mod request;
+mod ring;
 mod shared;
+mod slot;
 mod worker;
 
 pub use control::BlockControl;

@@ -1,11 +1,15 @@
 //! What the device, its threads and whoever controls it have in common.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmfs_image::Image;
 
-use super::options::{BlockOptions, Limits};
+use super::limiter::Limiter;
+use super::options::{BlockOptions, Engine};
+use super::pool::Pool;
 use super::worker::Server;
 use crate::virtio::device::VirtioInterrupt;
 use crate::virtio::log_limit::LogLimit;
@@ -43,6 +47,23 @@ pub(super) struct Counting {
 }
 
 impl Counting {
+    /// Adds what was counted elsewhere.
+    pub fn add(&self, counted: Counters) {
+        let add = |counter: &AtomicU64, by: u64| {
+            if by > 0 {
+                counter.fetch_add(by, Ordering::Relaxed);
+            }
+        };
+        let Counters { reads, writes, flushes, discards, bytes_read, bytes_written, errors } = counted;
+        add(&self.reads, reads);
+        add(&self.writes, writes);
+        add(&self.flushes, flushes);
+        add(&self.discards, discards);
+        add(&self.bytes_read, bytes_read);
+        add(&self.bytes_written, bytes_written);
+        add(&self.errors, errors);
+    }
+
     pub fn read(&self) -> Counters {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counters {
@@ -93,21 +114,33 @@ pub(super) struct Shared {
     pub image: RwLock<Arc<dyn Image>>,
     pub threads: Mutex<Threads>,
     pub counting: Counting,
-    pub limits: Mutex<Limits>,
+    pub limiter: Limiter,
+    pub pool: Pool,
     /// Of all drivers that come and go.
     pub failures: LogLimit,
+    /// Why requests wait because of an error, by queue.
+    waiting: Mutex<BTreeMap<u16, String>>,
+    /// How often they were to be tried again.
+    pub retries: AtomicU64,
+    /// Plain system calls are made.
+    plain: AtomicBool,
 }
 
 impl Shared {
     pub fn new(image: Arc<dyn Image>, options: BlockOptions) -> Self {
-        let limits = Mutex::new(options.limits);
+        let limiter = Limiter::new(options.limits);
+        let plain = AtomicBool::new(options.engine == Engine::Plain);
         Self {
             options,
             image: RwLock::new(image),
             threads: Mutex::default(),
             counting: Counting::default(),
-            limits,
+            limiter,
+            pool: Pool::default(),
             failures: LogLimit::new(),
+            waiting: Mutex::default(),
+            retries: AtomicU64::new(0),
+            plain,
         }
     }
 
@@ -117,5 +150,45 @@ impl Shared {
 
     pub fn threads(&self) -> MutexGuard<'_, Threads> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether plain system calls are made.
+    pub fn is_plain(&self) -> bool {
+        self.plain.load(Ordering::Relaxed)
+    }
+
+    /// io_uring was refused with `error`: plain system calls are made from now on.
+    pub fn fall_back(&self, error: &io::Error) {
+        if !self.plain.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "disk {} is served by plain system calls, one request at a time: io_uring is refused: {error}",
+                self.image().path().display()
+            );
+        }
+    }
+
+    fn waits(&self) -> MutexGuard<'_, BTreeMap<u16, String>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests of `queue` wait because of `why`.
+    pub fn stop(&self, queue: u16, why: String) {
+        let mut waiting = self.waits();
+        let is_first = waiting.is_empty();
+        waiting.entry(queue).or_insert_with(|| why.clone());
+        drop(waiting);
+        if is_first {
+            self.options.events.stopped(&why);
+        }
+    }
+
+    /// Requests of `queue` no longer wait.
+    pub fn go_on(&self, queue: u16) {
+        self.waits().remove(&queue);
+    }
+
+    /// Why requests wait.
+    pub fn why_waiting(&self) -> Option<String> {
+        self.waits().values().next().cloned()
     }
 }

@@ -1,0 +1,119 @@
+//! Calls that wait for storage, made where the queue's own thread does not wait for them, or does.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::VolatileSlice;
+use vmfs_image::Image;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::request::Request;
+use crate::GuestRam;
+
+/// A call.
+#[derive(Debug)]
+pub struct Call {
+    /// What is to be done.
+    pub request: Request,
+    /// The memory of its data.
+    pub data: Vec<VolatileSlice<'static>>,
+    /// What was changed has to be stable as well.
+    pub then_flush: bool,
+}
+
+// SAFETY: what makes it otherwise are pointers into guest memory, which is there for every thread; whoever has the call
+// keeps that memory mapped.
+unsafe impl Send for Call {}
+
+impl Call {
+    /// Makes the call.
+    pub fn carry_out(&self, image: &dyn Image) -> io::Result<()> {
+        match &self.request {
+            Request::Read(offset) => return image.read_at(*offset, &self.data),
+            Request::Write(offset) => image.write_at(*offset, &self.data)?,
+            Request::Flush => return image.flush(),
+            Request::Discard(ranges) => {
+                return ranges.iter().try_for_each(|range| image.discard(range.offset, range.len));
+            }
+            Request::Zero(ranges) => {
+                ranges
+                    .iter()
+                    .try_for_each(|range| image.write_zeroes(range.offset, range.len, range.unmap))?;
+            }
+            Request::Identify | Request::Refused(_) => return Ok(()),
+        }
+        if self.then_flush { image.flush() } else { Ok(()) }
+    }
+}
+
+/// Number of a slot, and what its call came to.
+type Result = (u16, io::Result<()>);
+
+/// Where calls of a queue come back to.
+#[derive(Debug)]
+pub struct Returns {
+    list: Mutex<Vec<Result>>,
+    /// There is something.
+    some: AtomicBool,
+    changed: Condvar,
+    event: EventFd,
+}
+
+impl Returns {
+    /// Nothing has come back.
+    ///
+    /// # Errors
+    ///
+    /// No event descriptor is to be had.
+    pub fn new() -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { list: Mutex::default(), some: AtomicBool::new(false), changed: Condvar::new(), event })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Result>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Readable when something has come back.
+    pub fn fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    /// Whether [`take`](Self::take) would find something.
+    pub fn has_some(&self) -> bool {
+        self.some.load(Ordering::Acquire)
+    }
+
+    /// What has come back since.
+    pub fn take(&self) -> Vec<Result> {
+        if !self.has_some() {
+            return Vec::new();
+        }
+        // Nothing to read means that somebody was quicker.
+        self.event.read().unwrap_or_default();
+        let mut list = self.lock();
+        self.some.store(false, Ordering::Release);
+        std::mem::take(&mut list)
+    }
+
+    /// Waits until something has come back.
+    pub fn wait(&self) {
+        let mut list = self.lock();
+        while list.is_empty() {
+            list = self.changed.wait(list).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Makes `call`, and gives it back as that of `slot`. By then this thread has neither image nor memory any more.
+    pub fn carry_out(&self, slot: u16, call: Call, image: Arc<dyn Image>, memory: Arc<GuestRam>) {
+        let result = call.carry_out(&*image);
+        drop((call, memory, image));
+        self.lock().push((slot, result));
+        self.some.store(true, Ordering::Release);
+        self.changed.notify_all();
+        // Only an overflow of the counter can fail, and then the event is signalled already.
+        self.event.write(1).unwrap_or_default();
+    }
+}
