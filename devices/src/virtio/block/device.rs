@@ -132,3 +132,7 @@ impl Drop for Block {
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod engine_tests;

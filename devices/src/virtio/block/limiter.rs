@@ -155,6 +155,11 @@ mod tests {
         assert!(limiter.wait(now).is_none() && !limiter.is_active());
     }
 
+    #[allow(clippy::cast_precision_loss, reason = "to a billionth")]
+    fn seconds(count: u64, rate: u64) -> f64 {
+        count as f64 / rate as f64
+    }
+
     proptest! {
         #[test]
         fn over_time_no_more_than_the_limits_and_no_less(
@@ -169,13 +174,12 @@ mod tests {
             let took = run(limits, &sizes).as_secs_f64();
             // The last one may begin, whatever it costs.
             let (_, paid) = sizes.split_last().unwrap();
-            let seconds = |count: u64, rate: u64| count as f64 / rate as f64;
             let least = seconds(paid.len() as u64, iops).max(seconds(paid.iter().sum(), rate));
             // Now the one limit holds, now the other.
             let most: f64 = paid.iter().map(|size| seconds(1, iops).max(seconds(*size, rate))).sum();
             let burst = burst.as_secs_f64();
             // Waits are rounded up to nanoseconds.
-            let slack = 1e-9 * sizes.len() as f64 + 1e-6 * most;
+            let slack = 1e-9 * seconds(sizes.len() as u64, 1) + 1e-6 * most;
             prop_assert!(took >= least - burst - slack, "{took} < {least} - {burst}");
             prop_assert!(took <= (most - burst).max(0.0) + slack, "{took} > {most} - {burst}");
         }

@@ -308,7 +308,7 @@ mod tests {
         let path = dir.path().join("file");
         let file = Arc::new(File::create(&path).unwrap());
         let mut ring = Ring::new().unwrap();
-        ring.use_files(&[file.clone()]);
+        ring.use_files(std::slice::from_ref(&file));
         // A lock belongs to the open file, and lasts as long as anybody has that.
         file.lock().unwrap();
         drop(file);

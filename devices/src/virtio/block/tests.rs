@@ -10,7 +10,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::VolatileSlice;
 use vmfs_image::{Format, Identity, Info, OpenOptions, Run, RunKind};
 
-const SECTORS: u64 = 2048;
+pub(super) const SECTORS: u64 = 2048;
 
 fn image() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -29,15 +29,15 @@ fn open(image: &tempfile::NamedTempFile, readonly: bool) -> (Block, BlockControl
     Block::new(image, BlockOptions { readonly, serial: "serial-1".to_owned(), ..BlockOptions::default() })
 }
 
-fn header(kind: u32, sector: u64) -> Buffer {
+pub(super) fn header(kind: u32, sector: u64) -> Buffer {
     Buffer::Read([&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat())
 }
 
-fn range(sector: u64, sectors: u32, flags: u32) -> Buffer {
+pub(super) fn range(sector: u64, sectors: u32, flags: u32) -> Buffer {
     Buffer::Read([&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat())
 }
 
-fn status(used: &Used) -> u8 {
+pub(super) fn status(used: &Used) -> u8 {
     *used.written.last().unwrap()
 }
 
@@ -172,9 +172,9 @@ fn file_cut_short_while_in_use_fails_the_read_and_not_the_device() {
 
 /// Storage that counts flushes and fails at will.
 #[derive(Debug, Default)]
-struct Fake {
+pub(super) struct Fake {
     flushes: AtomicU64,
-    fail_data: AtomicBool,
+    pub(super) fail_data: AtomicBool,
     fail_flush: AtomicBool,
 }
 
@@ -236,7 +236,7 @@ fn fake() -> (Arc<Fake>, Block, BlockControl) {
     (image, block, control)
 }
 
-fn write_one(driver: &mut Driver) -> u8 {
+pub(super) fn write_one(driver: &mut Driver) -> u8 {
     status(&driver.transfer(0, &[header(1, 0), Buffer::Read(vec![1; 512]), Buffer::Write(1)]))
 }
 
