@@ -418,6 +418,14 @@ pub enum Error {
         /// Why.
         source: Box<Error>,
     },
+    /// Its file system does not let the page cache be passed by.
+    #[error("{}: cache \"none\" needs direct I/O, and {why}; use cache \"writeback\"", path.display())]
+    Direct {
+        /// The file.
+        path: PathBuf,
+        /// What stands in the way.
+        why: String,
+    },
     /// Something asked for that cannot be.
     #[error("{}: {what}", path.display())]
     Invalid {

@@ -294,12 +294,9 @@ pub(crate) struct Alignment {
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] where the file system cannot.
+/// [`Error::Direct`] where the file system cannot.
 pub(crate) fn set_direct(file: &File, path: &Path) -> Result<Alignment, Error> {
-    let refused = |why: &str| Error::Invalid {
-        path: path.to_owned(),
-        what: format!("cache \"none\" needs direct I/O, and {why}; use cache \"writeback\""),
-    };
+    let refused = |why: &str| Error::Direct { path: path.to_owned(), why: why.to_owned() };
     let alignment = alignment(file).ok_or_else(|| refused("its file system has none for this file"))?;
     if !(512..=4096).contains(&alignment.file)
         || !alignment.file.is_power_of_two()

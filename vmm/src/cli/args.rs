@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use api::AtPowerOff;
 use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -30,6 +31,10 @@ struct Line {
     /// Run the guest that FILE describes
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// With --config: what becomes of the redo logs of undoable disks at power-off (ask, commit, discard or keep), whatever
+    /// FILE says
+    #[arg(long, value_name = "ACTION", requires = "config", value_parser = str::parse::<AtPowerOff>)]
+    at_power_off: Option<AtPowerOff>,
     #[command(flatten)]
     log: LogArgs,
     #[command(subcommand)]
@@ -54,6 +59,8 @@ pub enum Verb {
     Run {
         /// Its configuration.
         config: PathBuf,
+        /// What becomes of the redo logs of undoable disks, if that is to be other than configured.
+        at_power_off: Option<AtPowerOff>,
     },
     /// List the guests of this host
     Ps {
@@ -149,11 +156,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Asked, clap::Er
     if let Some(name) = matches.subcommand_name().filter(|name| LATER.contains(name)) {
         return Err(command.error(ErrorKind::InvalidSubcommand, format!("`vmm {name}` is not supported yet")));
     }
-    let Line { config, log: LogArgs { verbose, log }, verb } =
+    let Line { config, at_power_off, log: LogArgs { verbose, log }, verb } =
         Line::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
     let verb = match (verb, config) {
         (Some(verb), _) => verb,
-        (None, Some(config)) => Verb::Run { config },
+        (None, Some(config)) => Verb::Run { config, at_power_off },
         (None, None) => {
             let wanted =
                 "nothing to do: `vmm --config FILE` runs a guest, `vmm --help` lists the other commands";
@@ -190,7 +197,7 @@ mod tests {
     #[test]
     fn contract_commands_are_understood() {
         assert!(
-            matches!(asked("vmm --config a.toml").unwrap().verb, Verb::Run { config } if config.ends_with("a.toml"))
+            matches!(asked("vmm --config a.toml").unwrap().verb, Verb::Run { config, at_power_off: None } if config.ends_with("a.toml"))
         );
         assert!(matches!(asked("vmm ps --json").unwrap().verb, Verb::Ps { json: true }));
         assert!(matches!(asked("vmm show web").unwrap().verb, Verb::Show { json: false, .. }));
@@ -235,6 +242,8 @@ mod tests {
             "vmm --config",
             "vmm ps extra",
             "vmm --config a ps",
+            "vmm --at-power-off commit",
+            "vmm --config a --at-power-off never",
             "vmm stop web --timeout x",
             "vmm stop web --timeout -1",
             "vmm stop web --now --timeout 3",

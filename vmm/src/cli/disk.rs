@@ -55,7 +55,7 @@ pub enum DiskVerb {
         /// Which of its disks, from 0, in the order of its configuration
         disk: usize,
         /// ask, commit, discard or keep
-        #[arg(value_parser = action)]
+        #[arg(value_parser = str::parse::<AtPowerOff>)]
         action: AtPowerOff,
     },
 }
@@ -68,13 +68,6 @@ pub struct Which {
     /// Which of its disks, from 0, in the order of its configuration
     #[arg(default_value_t = 0)]
     disk: usize,
-}
-
-fn action(text: &str) -> Result<AtPowerOff, String> {
-    [AtPowerOff::Ask, AtPowerOff::Commit, AtPowerOff::Discard, AtPowerOff::Keep]
-        .into_iter()
-        .find(|action| action.as_str() == text)
-        .ok_or_else(|| "has to be one of \"ask\", \"commit\", \"discard\", \"keep\"".to_owned())
 }
 
 /// Does what the verb says.

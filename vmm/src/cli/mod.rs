@@ -1,6 +1,7 @@
 //! The command line: what the user asked for, done, and the one place where errors are printed and exit statuses chosen.
 
 mod args;
+mod attendant;
 mod disk;
 mod guests;
 mod image;
@@ -60,7 +61,7 @@ fn carry_out(asked: Asked) -> Result<(), Failure> {
     let Asked { verbosity, log, verb } = asked;
     log::start(verbosity, log.as_deref()).map_err(|error| Failure::Error(Box::new(error), USAGE))?;
     match verb {
-        Verb::Run { config } => run::run(&config),
+        Verb::Run { config, at_power_off } => run::run(&config, at_power_off),
         Verb::Ps { json } => guests::ps(json),
         Verb::Show { name, json } => guests::show(&name, json),
         Verb::Pause { name } => guests::pause(&name),

@@ -2,27 +2,27 @@
 
 use std::path::Path;
 
-use super::{Failure, USAGE, log};
+use api::AtPowerOff;
+
+use super::attendant::Terminal;
+use super::{Failure, USAGE, report};
+use crate::machine::Ended;
 use crate::machine::ending::Outcome;
 use crate::run_dir::Root;
 use crate::{config, machine};
 
-/// Runs the guest of the configuration at `path` to its end.
-pub fn run(path: &Path) -> Result<(), Failure> {
-    let loaded = config::load(path).map_err(|error| Failure::Error(Box::new(error), USAGE))?;
-    let outcome = machine::run(&loaded, &Root::from_environment()).map_err(|error| {
+/// Runs the guest of the configuration at `path` to its end. `at_power_off` takes the place of what that says of undoable disks.
+pub fn run(path: &Path, at_power_off: Option<AtPowerOff>) -> Result<(), Failure> {
+    let mut loaded = config::load(path).map_err(|error| Failure::Error(Box::new(error), USAGE))?;
+    if let Some(action) = at_power_off {
+        loaded.config.disks.iter_mut().for_each(|disk| disk.at_power_off = action);
+    }
+    let mut terminal = Terminal::new(&loaded.config.name);
+    let ended = machine::run(&loaded, &Root::from_environment(), &mut terminal);
+    let Ended { outcome, undone } = ended.map_err(|error| {
         let status = error.exit_status();
         Failure::Error(Box::new(error), status)
     })?;
-    let name = &loaded.config.name;
-    match outcome {
-        Outcome::PowerOff => tracing::info!("guest {name} has powered off"),
-        Outcome::Reset => tracing::info!("guest {name} has asked for a reset, which ends it"),
-        Outcome::Stopped => tracing::info!("guest {name} was stopped"),
-        Outcome::Crashed(diagnosis) => {
-            log::say(&format!("vmm: guest {name} cannot go on: {diagnosis}"));
-            return Err(Failure::Told(1));
-        }
-    }
-    Ok(())
+    undone.iter().for_each(|error| report(error));
+    if undone.is_empty() && !matches!(outcome, Outcome::Crashed(_)) { Ok(()) } else { Err(Failure::Told(1)) }
 }

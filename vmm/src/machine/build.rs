@@ -7,7 +7,7 @@ use devices::legacy::power::{self, Power};
 use devices::legacy::reset::{self, I8042};
 use devices::legacy::serial::{self, Serial};
 use devices::legacy::{Host, Request};
-use devices::virtio::block::{Block, BlockOptions};
+use devices::virtio::block::Block;
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
@@ -15,8 +15,9 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::console::Console;
+use super::disks::{Disks, block_options};
 use super::ending::{Ending, Outcome};
-use super::files::{Files, OpenDisk};
+use super::files::Files;
 use super::slots::Slots;
 use super::{Error, host};
 use crate::config::model::Config;
@@ -44,8 +45,7 @@ pub struct Built {
     pub power: Arc<Power>,
     pub serial: Arc<Serial>,
     pub console: Console,
-    /// Of the disks, in bytes.
-    pub sizes: Vec<u64>,
+    pub disks: Disks,
 }
 
 /// What the guest asks of its machine ends its run.
@@ -87,12 +87,12 @@ pub fn build(
     ports.insert(reset::PORT_BASE, reset::PORT_COUNT, Arc::new(I8042::new(ending.clone())))?;
 
     let mut slots = Slots::default();
-    let sizes = files.disks.iter().map(|disk| disk.image.size()).collect();
-    for disk in files.disks {
-        let OpenDisk { image, readonly, serial } = disk;
-        let (block, _control) =
-            Block::new(image, BlockOptions { readonly, serial, ..BlockOptions::default() });
+    let mut disks = Disks::new(&config.name);
+    for (index, (disk, medium)) in config.disks.iter().zip(files.disks).enumerate() {
+        let options = block_options(disk, &config.name, index);
+        let (block, control) = Block::new(Arc::clone(&medium.opened.image), options);
         slots.add(&vm, &mut mmio, &ram, Box::new(block))?;
+        disks.add(disk, medium, control);
     }
     for (tap, mac) in files.taps {
         slots.add(&vm, &mut mmio, &ram, Box::new(Net::new(Box::new(tap), mac)))?;
@@ -110,7 +110,7 @@ pub fn build(
     }
     let gate = Gate::new(vcpus.len());
     let around = Arc::new(Surroundings { memory: ram, ports, mmio, gate });
-    Ok(Built { vm, vcpus, around, devices: slots.into_transports(), power, serial, console, sizes })
+    Ok(Built { vm, vcpus, around, devices: slots.into_transports(), power, serial, console, disks })
 }
 
 /// KVM gives up with EINTR when anything is pending for the thread, which need not be a signal.

@@ -1,11 +1,11 @@
-//! A running machine as it is controlled from outside: paused, resumed, asked to power off, stopped.
+//! A running machine as it is controlled from outside: paused, resumed, asked to power off, stopped; and its disks.
 
 use std::fmt::{self, Debug};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api::{Control, DiskDetails, DiskOrder, DiskStatus, Job, NetStatus, Refused, State, Status};
+use api::{Control, DiskOrder, Job, NetStatus, Refused, State, Status};
 use devices::legacy::power::Power;
 use devices::legacy::serial::Serial;
 use devices::virtio::mmio::MmioTransport;
@@ -14,18 +14,21 @@ use kvm_ioctls::VmFd;
 use super::Error;
 use super::build::Built;
 use super::console::Console;
+use super::disks::{Disks, power_off};
 use super::ending::{Ending, Outcome};
 use crate::config::address::show_mac;
-use crate::config::model::{Config, Disk, Net};
+use crate::config::model::{Config, Net};
 use crate::vcpu::{End, Surroundings};
 
 /// What the control socket reaches. It lives as long as a connection does, which may be longer than the machine.
 pub struct Controller {
+    /// But for what changes.
     status: Status,
     ending: Arc<Ending>,
     around: Arc<Surroundings>,
     devices: Vec<Arc<MmioTransport>>,
     power: Arc<Power>,
+    disks: Disks,
     /// Held while the machine goes from one state to another, so that two commands do not interleave.
     paused: Mutex<bool>,
 }
@@ -53,13 +56,14 @@ pub fn start(
     built: Built,
     ending: &Arc<Ending>,
 ) -> Result<(Arc<Controller>, Machine), Error> {
-    let Built { vm, vcpus, around, devices, power, serial, console, sizes } = built;
+    let Built { vm, vcpus, around, devices, power, serial, console, disks } = built;
     let controller = Arc::new(Controller {
-        status: describe(config, &sizes, console.place().to_owned()),
+        status: describe(config, console.place().to_owned()),
         ending: ending.clone(),
         around: around.clone(),
         devices,
         power,
+        disks,
         paused: Mutex::new(false),
     });
     let mut machine =
@@ -87,14 +91,8 @@ pub fn start(
     Ok((controller, machine))
 }
 
-fn describe(config: &Config, sizes: &[u64], serial: String) -> Status {
+fn describe(config: &Config, serial: String) -> Status {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let disk = |(disk, bytes): (&Disk, &u64)| DiskStatus {
-        path: disk.path.clone(),
-        readonly: disk.readonly,
-        bytes: *bytes,
-        more: DiskDetails { serial: disk.serial.clone(), ..DiskDetails::default() },
-    };
     let net = |net: &Net| NetStatus { tap: net.tap.clone(), mac: show_mac(net.mac) };
     Status {
         name: config.name.clone(),
@@ -106,7 +104,7 @@ fn describe(config: &Config, sizes: &[u64], serial: String) -> Status {
         memory: config.memory.size,
         kernel: config.boot.kernel.clone(),
         serial: Some(serial),
-        disks: config.disks.iter().zip(sizes).map(disk).collect(),
+        disks: Vec::new(),
         nets: config.nets.iter().map(net).collect(),
     }
 }
@@ -119,8 +117,8 @@ impl Machine {
         }
     }
 
-    /// Ends whatever still runs of it.
-    pub fn take_apart(self) {
+    /// Ends whatever still runs of it, and closes what it had open. Gives its redo logs.
+    pub fn take_apart(self) -> Vec<power_off::Log> {
         self.controller.ending.report(Outcome::Stopped);
         self.controller.around.gate.stop();
         self.controller.around.gate.wait_ended();
@@ -130,6 +128,7 @@ impl Machine {
         }
         // No vCPU runs, so that nobody starts a device again.
         self.controller.devices.iter().for_each(|device| device.stop());
+        self.controller.disks.close()
     }
 }
 
@@ -160,6 +159,7 @@ impl Control for Controller {
         };
         let mut status = self.status.clone();
         status.state = state;
+        status.disks = self.disks.status();
         status
     }
 
@@ -206,16 +206,19 @@ impl Control for Controller {
     }
 
     fn disks(&self) -> usize {
-        self.status.disks.len()
+        self.disks.count()
     }
 
-    fn disk(&self, _index: usize, _order: DiskOrder) -> Result<Option<Job>, Refused> {
-        Err(Refused("this version of vmm cannot do that yet".to_owned()))
+    fn disk(&self, index: usize, order: DiskOrder) -> Result<Option<Job>, Refused> {
+        self.refuse_at_the_end()?;
+        self.disks.order(index, order)
     }
 
     fn jobs(&self) -> Vec<Job> {
-        Vec::new()
+        self.disks.jobs()
     }
 
-    fn cancel(&self, _id: u64) {}
+    fn cancel(&self, id: u64) {
+        self.disks.cancel(id);
+    }
 }

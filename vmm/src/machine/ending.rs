@@ -23,8 +23,16 @@ pub enum Outcome {
 /// Where the threads of a machine report the end.
 #[derive(Debug)]
 pub struct Ending {
-    outcome: Mutex<Option<Outcome>>,
+    reported: Mutex<Reported>,
     event: EventFd,
+}
+
+#[derive(Debug)]
+enum Reported {
+    Nothing,
+    Outcome(Outcome),
+    /// The outcome was taken.
+    Taken,
 }
 
 impl Ending {
@@ -34,7 +42,7 @@ impl Ending {
     ///
     /// No event descriptor is to be had.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { outcome: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)? })
+        Ok(Self { reported: Mutex::new(Reported::Nothing), event: EventFd::new(EFD_NONBLOCK)? })
     }
 
     /// Readable once there is an outcome.
@@ -45,25 +53,36 @@ impl Ending {
 
     /// The guest is at its end because of `outcome`, unless it was already.
     pub fn report(&self, outcome: Outcome) {
-        self.lock().get_or_insert(outcome);
+        let mut reported = self.lock();
+        if matches!(*reported, Reported::Nothing) {
+            *reported = Reported::Outcome(outcome);
+        }
+        drop(reported);
         // The counter of an eventfd overflows after 2^64 - 2 reports; no other write can fail.
         self.event.write(1).unwrap_or_default();
     }
 
-    /// Whether there is an outcome.
+    /// Whether there is an outcome, or was one.
     #[must_use]
     pub fn is_reported(&self) -> bool {
-        self.lock().is_some()
+        !matches!(*self.lock(), Reported::Nothing)
     }
 
     /// Takes the outcome.
     #[must_use]
     pub fn take(&self) -> Option<Outcome> {
-        self.lock().take()
+        let mut reported = self.lock();
+        if matches!(*reported, Reported::Nothing) {
+            return None;
+        }
+        match std::mem::replace(&mut *reported, Reported::Taken) {
+            Reported::Outcome(outcome) => Some(outcome),
+            Reported::Nothing | Reported::Taken => None,
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Outcome>> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Reported> {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -80,5 +99,7 @@ mod tests {
         assert!(ending.is_reported());
         assert_eq!(ending.event().read().unwrap(), 2);
         assert!(matches!(ending.take(), Some(Outcome::Reset)));
+        ending.report(Outcome::PowerOff);
+        assert!(ending.is_reported() && ending.take().is_none());
     }
 }

@@ -1,37 +1,29 @@
 //! The files that a configuration names, opened and checked before anything is created.
 
-use std::fmt::Display;
 use std::path::Path;
-use std::sync::Arc;
 
 use devices::virtio::net::Tap;
-use vmfs_image::{Format, Image, OpenOptions};
 
+use super::disks::chain;
+use super::disks::open::{self, Fresh, Medium, Wanted};
 use crate::boot::{self, Initrd, Kernel};
-use crate::config::model::Mode;
 use crate::config::{Error, Loaded, Problem};
 use crate::memory;
-
-/// A disk and how its guest sees it.
-#[derive(Debug)]
-pub struct OpenDisk {
-    pub image: Arc<dyn Image>,
-    pub readonly: bool,
-    pub serial: String,
-}
 
 /// Everything opened.
 #[derive(Debug)]
 pub struct Files {
     pub kernel: Kernel,
     pub initrd: Option<Initrd>,
-    pub disks: Vec<OpenDisk>,
+    /// In the order of the configuration.
+    pub disks: Vec<Medium>,
     /// Each with the address of the card that is plugged in.
     pub taps: Vec<(Tap, [u8; 6])>,
 }
 
-/// Opens them all, and looks whether the kernel fits into the guest; all problems are reported at once.
-pub fn open(loaded: &Loaded) -> Result<Files, Error> {
+/// Opens them all, and looks whether the kernel fits into the guest; all problems are reported at once. Redo logs that had to
+/// be made are noted in `fresh`.
+pub fn open(loaded: &Loaded, fresh: &mut Fresh) -> Result<Files, Error> {
     let config = &loaded.config;
     let mut problems = Vec::new();
     let kernel = note(&mut problems, loaded, "boot.kernel", open_kernel(&config.boot.kernel));
@@ -42,18 +34,13 @@ pub fn open(loaded: &Loaded) -> Result<Files, Error> {
     }
     let mut disks = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
-        if disk.mode != Mode::Persistent {
-            problems.push(loaded.problem(&format!("disk.{index}.mode"), "is not supported yet"));
-        }
-        let how = OpenOptions {
-            writable: !disk.readonly,
-            format: Some(Format::Flat),
-            owner: Some(config.name.clone()),
-            ..OpenOptions::default()
-        };
-        let image = vmfs_image::open(&disk.path, &how);
-        if let Some(image) = note(&mut problems, loaded, &format!("disk.{index}.path"), image) {
-            disks.push(OpenDisk { image, readonly: disk.readonly, serial: disk.serial.clone() });
+        let wanted = Wanted::of(disk, &config.name);
+        match wanted.clone().open(fresh) {
+            Ok(medium) => disks.push(medium),
+            Err(error) => {
+                let key = format!("disk.{index}.{}", open::key(&wanted, &error));
+                problems.push(loaded.problem(&key, chain(&error)));
+            }
         }
     }
     // Opening a tap may make one, which is nothing to be done for a guest that is refused anyway.
@@ -103,16 +90,4 @@ where
             None
         }
     }
-}
-
-/// An error and what caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next: &dyn Display = &error;
-        text = format!("{text}: {next}");
-        cause = error.source();
-    }
-    text
 }

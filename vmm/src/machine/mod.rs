@@ -7,11 +7,14 @@
 //! build ─ memory, interrupt controllers, vCPUs, devices on their buses, kernel and tables in memory
 //!   │
 //! run ─── vCPU threads and device threads; the main thread waits for the end, signals and console input
+//!   │
+//! disks ─ what became of the guest's writes is decided, where there is something to decide
 //! ```
 
 mod build;
 mod console;
 mod control;
+pub mod disks;
 pub mod ending;
 mod files;
 mod main_loop;
@@ -19,8 +22,11 @@ mod signals;
 mod slots;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use disks::open::Fresh;
+use disks::power_off::{self, Attendant};
 use ending::{Ending, Outcome};
 
 use crate::config::Loaded;
@@ -91,20 +97,50 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
-/// Runs the guest that `loaded` describes until its end, under its name in `root`.
+/// How a guest has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why it runs no more.
+    pub outcome: Outcome,
+    /// What was to be done with its redo logs and was not.
+    pub undone: Vec<power_off::Error>,
+}
+
+/// Runs the guest that `loaded` describes until its end, under its name in `root`. `attendant` hears of the end, and is asked.
 ///
 /// The calling thread becomes the guest's main thread; signals that ask to end are blocked in it from then on.
 ///
 /// # Errors
 ///
 /// [`Error`] if the guest cannot be started. Nothing of it is left then.
-pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
-    let config = &loaded.config;
+pub fn run(loaded: &Loaded, root: &Root, attendant: &mut dyn Attendant) -> Result<Ended, Error> {
     // The claim below is what decides; this only puts "is running already" before "its disk is in use".
-    if let Ok(guest) = root.find(&config.name) {
-        return Err(run_dir::Error::Held { name: config.name.clone(), pid: guest.pid() }.into());
+    if let Ok(guest) = root.find(&loaded.config.name) {
+        return Err(run_dir::Error::Held { name: loaded.config.name.clone(), pid: guest.pid() }.into());
     }
-    let files = files::open(loaded)?;
+    let mut fresh = Fresh::default();
+    match start(loaded, root, &mut fresh) {
+        Ok(running) => running.until_the_end(&loaded.config.name, attendant),
+        Err(error) => {
+            fresh.remove();
+            Err(error)
+        }
+    }
+}
+
+/// A guest that has begun.
+struct Running {
+    signals: signals::EndSignals,
+    ending: Arc<Ending>,
+    machine: control::Machine,
+    server: api::server::Server,
+    /// Given back last.
+    claim: run_dir::Claim,
+}
+
+fn start(loaded: &Loaded, root: &Root, fresh: &mut Fresh) -> Result<Running, Error> {
+    let config = &loaded.config;
+    let files = files::open(loaded, fresh)?;
     let signals = signals::EndSignals::block().map_err(host("the handling of signals"))?;
     let claim = root.claim(&config.name)?;
     let listener = claim.listen()?;
@@ -117,11 +153,31 @@ pub fn run(loaded: &Loaded, root: &Root) -> Result<Outcome, Error> {
         Error::Cpuid(reason) => wrong("cpu.model", reason.to_string()),
         error => error,
     })?;
-    let (controller, mut machine) = control::start(config, built, &ending)?;
-    let server = api::server::Server::start(listener, controller).map_err(host("the control socket"))?;
-    main_loop::until_the_end(&ending, &signals, &mut machine).map_err(host("the main loop"))?;
-    machine.take_apart();
-    server.stop();
-    drop(claim);
-    Ok(ending.take().unwrap_or(Outcome::Stopped))
+    let (controller, machine) = control::start(config, built, &ending)?;
+    match api::server::Server::start(listener, controller) {
+        Ok(server) => Ok(Running { signals, ending, machine, server, claim }),
+        Err(error) => {
+            machine.take_apart();
+            Err(host("the control socket")(error))
+        }
+    }
+}
+
+impl Running {
+    fn until_the_end(self, name: &str, attendant: &mut dyn Attendant) -> Result<Ended, Error> {
+        let Self { signals, ending, mut machine, server, claim } = self;
+        let served = main_loop::until_the_end(&ending, &signals, &mut machine);
+        // The terminal is what it was from here on.
+        let logs = machine.take_apart();
+        served.map_err(host("the main loop"))?;
+        let outcome = ending.take().unwrap_or(Outcome::Stopped);
+        attendant.ended(&outcome);
+        // Whoever wanted the end once may have said so twice.
+        while signals.take().is_some() {}
+        let undone =
+            power_off::settle(name, logs, attendant, signals.as_raw_fd(), || signals.take().is_some());
+        server.stop();
+        drop(claim);
+        Ok(Ended { outcome, undone })
+    }
 }

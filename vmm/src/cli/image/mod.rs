@@ -6,7 +6,7 @@ mod dedupe;
 mod look;
 mod make;
 mod output;
-mod progress;
+pub mod progress;
 mod replace;
 mod running;
 

@@ -31,7 +31,12 @@ impl Progress {
         for signal in [libc::SIGINT, libc::SIGTERM] {
             register_signal_handler(signal, interrupt)?;
         }
-        Ok(Self { began: Instant::now(), what, bar: None })
+        Ok(Self::watched(what))
+    }
+
+    /// The same where signals are somebody else's affair.
+    pub fn watched(what: &'static str) -> Self {
+        Self { began: Instant::now(), what, bar: None }
     }
 
     /// So many bytes of so many are done; says whether to go on.
