@@ -1,3 +1,5 @@
 //! Integration tests of vmm against local KVM, and what they share.
 
+pub mod disks;
 pub mod guest;
+pub mod terminal;

@@ -215,6 +215,16 @@ impl Device {
         self.vector.map_or(0, |vector| interrupts::counter(vector).load(Ordering::Relaxed))
     }
 
+    /// Takes note of a change of the configuration that the device has told of since the last time; whether there was one.
+    pub fn take_change(&self) -> bool {
+        const CHANGED: u32 = 2;
+        let changed = self.read(register::INTERRUPT_STATUS) & CHANGED != 0;
+        if changed {
+            self.write(register::INTERRUPT_ACK, CHANGED);
+        }
+        changed
+    }
+
     /// A field of the configuration, byte by byte, as little-endian number.
     pub fn config(&self, offset: u64, len: u64) -> u64 {
         let byte = |at| u64::from(phys::read8(self.base + register::CONFIG + offset + at)) << (8 * at);

@@ -101,16 +101,16 @@ impl Places {
 }
 
 /// What came of a run.
-struct Outcome {
+pub(super) struct Outcome {
     done: u64,
-    errors: u64,
+    pub(super) errors: u64,
     first_bad_status: u8,
     times: Histogram,
 }
 
 /// Keeps the disk busy with requests as `next` makes them (into the room for data it is given) until that gives none;
 /// `check` looks at each that succeeded.
-fn drive(
+pub(super) fn drive(
     disk: &mut Disk,
     mut next: impl FnMut(&mut [u64], u64) -> Option<Request>,
     mut check: impl FnMut(&Done, &[u64]),
@@ -153,14 +153,14 @@ fn drive(
     }
 }
 
-fn open(machine: &Machine, size: u64) -> Result<Disk, Error> {
+pub(super) fn open(machine: &Machine, size: u64) -> Result<Disk, Error> {
     if !(1..=16 << 20).contains(&size) {
         return Err(format!("size={size}: 1 to 16M are wanted"));
     }
     Disk::open(&machine.args, machine.args.number("depth", 1)?, size)
 }
 
-fn flush(disk: &mut Disk) -> Result<u8, Error> {
+pub(super) fn flush(disk: &mut Disk) -> Result<u8, Error> {
     disk.request(without_data(Kind::Flush))
 }
 
@@ -225,7 +225,7 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
 }
 
 /// The word `index` of the disk, counted from its start, as `blk-verify` writes it.
-fn pattern(seed: u64, index: u64) -> u64 {
+pub(super) fn pattern(seed: u64, index: u64) -> u64 {
     mix(index.wrapping_add(mix(seed)))
 }
 

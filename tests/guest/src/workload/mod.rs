@@ -27,6 +27,7 @@
 //! | `blk-read`, `blk-write` | requests for `seconds=5`, or `count=` of them | see below |
 //! | `blk-verify` | writes `count=1000` requests and reads them back | see below; `phase=both`, `write`, `read` |
 //! | `blk-discard`, `blk-zeroes` | discards or zeroes the range, and reads it back | `offset=`, `span=1M` |
+//! | `blk-serve` | does with a range what lines on COM1 say: `write SEED`, `read SEED`, `zeroes` (reads those), `size`, `changed` (waits for a change of the configuration), `end` | see below |
 //! | `net-tx` | sends frames | see below; `seconds=5` or `count=` |
 //! | `net-rx` | counts frames | see below; `seconds=` or `count=` |
 //! | `net-echo` | sends frames back, answers ARP and ping | see below; `ip=` |
@@ -43,6 +44,7 @@
 
 mod block;
 mod block_range;
+mod block_serve;
 mod boot;
 mod compute;
 mod crash;
@@ -97,6 +99,7 @@ pub fn run(machine: &Machine) -> Result<(), Error> {
         "blk-verify" => block::verify(machine),
         "blk-discard" => block_range::discard(machine),
         "blk-zeroes" => block_range::zero(machine),
+        "blk-serve" => block_serve::run(machine),
         "net-tx" => network::send(machine),
         "net-rx" => network::receive(machine),
         "net-ping" => network::ping(machine),
