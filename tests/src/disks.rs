@@ -206,18 +206,13 @@ impl Serving {
     /// There is no answer.
     #[must_use]
     pub fn api(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
-        let socket = self.0.run_dir().join(self.0.name()).join("api.sock");
-        let mut stream = UnixStream::connect(socket).unwrap();
-        let len = body.len();
-        let request = format!(
-            "{method} /v1/{path} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
-        );
-        stream.write_all(request.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, serde_json::from_str(body).unwrap_or_default())
+        request(&self.socket(), method, path, body)
+    }
+
+    /// Its control socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.0.run_dir().join(self.0.name()).join("api.sock")
     }
 
     /// As [`api`](Self::api), for what has to be refused with `status`: what the error says.
@@ -225,7 +220,6 @@ impl Serving {
     /// # Panics
     ///
     /// Another answer comes.
-    #[must_use]
     pub fn refused(&self, method: &str, path: &str, body: &str, status: u16) -> String {
         let (given, answer) = self.api(method, path, body);
         assert_eq!(given, status, "{method} {path} {body}: {answer}");
@@ -277,6 +271,28 @@ impl Serving {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// Asks the control socket of a guest; gives status and body. Status 0 is a monitor that has ended.
+///
+/// # Panics
+///
+/// The answer is none of HTTP.
+#[must_use]
+pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
+    let Ok(mut stream) = UnixStream::connect(socket) else { return (0, Value::Null) };
+    let len = body.len();
+    let request = format!(
+        "{method} /v1/{path} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
+    );
+    let mut answer = String::new();
+    let asked = stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(&mut answer));
+    if asked.is_err() || answer.is_empty() {
+        return (0, Value::Null);
+    }
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, serde_json::from_str(body).unwrap_or_default())
 }
 
 /// A configuration of one disk at `disk.img`, with further keys.

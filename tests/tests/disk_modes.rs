@@ -267,6 +267,34 @@ fn commit_that_cannot_be_made_at_power_off_leaves_the_log_and_the_status_1() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn another_signal_while_the_log_is_committed_interrupts_that_and_it_can_be_finished() {
+    let size = 256 << 20;
+    let serve = "test=blk-serve span=256M size=256K depth=4";
+    let keys = "mode = \"undoable\"\nat_power_off = \"commit\"\n[memory]\nsize = \"64M\"";
+    let (setup, path) = with_disk(serve, "flat", size, keys);
+    let mut guest = Serving::start(setup);
+    guest.write(3);
+    let pid = libc::pid_t::try_from(guest.0.pid()).unwrap();
+    // The first ends the guest. It is over before the second is looked for.
+    let signals = std::thread::spawn(move || {
+        // SAFETY: kill takes numbers. Once the process was waited for, there is none of that number, since no other has been
+        // started in between.
+        while unsafe { libc::kill(pid, libc::SIGTERM) } == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    });
+    let status = guest.0.exit_status().unwrap();
+    signals.join().unwrap();
+    let said = guest.0.log();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("was interrupted") && said.contains("vmm image commit"), "{said}");
+    assert!(redo(&path).exists());
+    image(&["commit", at(&path)]);
+    assert!(!redo(&path).exists() && contents(&path) == pattern(3, size));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn guest_that_is_refused_leaves_no_redo_log() {
     let (setup, path) = with_disk("test=poweroff", "flat", SPAN, "mode = \"undoable\"");
     let refused = setup.with("[[disk]]\npath = \"none.img\"\n");

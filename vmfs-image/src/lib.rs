@@ -29,3 +29,4 @@ mod transfer;
 
 pub use image::{Access, Error, Extent, Format, Identity, Image, Info, Place, Run, RunKind, Ticket};
 pub use open::{Cache, OpenOptions, open, probe};
+pub use overlay::names_below;

@@ -28,6 +28,30 @@ pub(crate) fn is_at(image: &dyn Image, path: &Path) -> bool {
     matches!((&own, &std::fs::metadata(path)), (Ok(own), Ok(found)) if inode(own) == inode(found))
 }
 
+/// The names that the images below `image`, whose own is `at`, have by now, from the next to the last. One that was opened
+/// by a name that it has no more is found by what lies on it; one whose file is gone is left out.
+#[must_use]
+pub fn names_below(image: &dyn Image, at: &Path) -> Vec<PathBuf> {
+    let mut names = Vec::new();
+    // Where the next may be: what is noted by those above that have found none there.
+    let mut noted: Vec<PathBuf> = Vec::new();
+    let (mut image, mut at) = (image, Some(at.to_owned()));
+    loop {
+        let own = image.as_thin().and_then(Thin::noted_backing);
+        if let Some((own, at)) = own.zip(at) {
+            noted.push(resolve(&at, &own.path));
+        }
+        let Some(below) = image.backing() else { return names };
+        at = noted.iter().find(|name| is_at(&**below, name)).cloned();
+        at = at.or_else(|| Some(below.path().to_owned()).filter(|name| is_at(&**below, name)));
+        if let Some(name) = &at {
+            names.push(name.clone());
+            noted.clear();
+        }
+        image = &**below;
+    }
+}
+
 /// Refuses an image that is not the one at `path`, but perhaps one on top of it.
 pub(crate) fn refuse_other(path: &Path, image: &dyn Image) -> Result<(), Error> {
     if is_at(image, path) {

@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use api::Status;
 use api::client::{self, Client};
+use api::{DiskLimits, DiskStatus, Status};
 
+use super::image::output::with_bytes;
 use super::process::Process;
 use super::{Failure, print_json};
 use crate::run_dir::{self, Guest, Root};
@@ -117,12 +118,45 @@ pub fn show(name: &str, json: bool) -> Result<(), Failure> {
     writeln!(out, "vcpus    {}", status.cpus)?;
     writeln!(out, "memory   {}", crate::config::show_size(status.memory))?;
     writeln!(out, "serial   {}", status.serial.as_deref().unwrap_or("null"))?;
-    for disk in &status.disks {
-        let access = if disk.readonly { ", read-only" } else { "" };
-        writeln!(out, "disk     {}, {} bytes{access}", disk.path.display(), disk.bytes)?;
+    for (index, disk) in status.disks.iter().enumerate() {
+        show_disk(&mut out, index, disk)?;
     }
     for net in &status.nets {
         writeln!(out, "net      {} on tap {}", net.mac, net.tap)?;
+    }
+    Ok(())
+}
+
+/// A disk in some lines: only what there is to say of it.
+fn show_disk(out: &mut impl Write, index: usize, disk: &DiskStatus) -> io::Result<()> {
+    let DiskStatus { path, readonly, bytes, more } = disk;
+    let mut about = vec![path.display().to_string(), more.format.clone(), with_bytes(*bytes)];
+    about.push(if *readonly { "read-only".to_owned() } else { more.mode.clone() });
+    about.retain(|part| !part.is_empty());
+    writeln!(out, "{:<9}{}", format!("disk {index}"), about.join(", "))?;
+    let mut line = |text: String| writeln!(out, "         {text}");
+    if let Some(redo) = &more.redo {
+        line(format!("redo log {}", redo.display()))?;
+    }
+    if let Some(action) = more.at_power_off {
+        line(format!("at power-off: {action}"))?;
+    }
+    if !more.backing.is_empty() {
+        let below: Vec<_> = more.backing.iter().map(|below| below.display().to_string()).collect();
+        line(format!("lies on {}", below.join(", ")))?;
+    }
+    if let Some(allocated) = more.allocated.filter(|_| !readonly) {
+        let limit = more.max_size.map_or(String::new(), |max| format!(" of at most {}", with_bytes(max)));
+        line(format!("takes {}{limit}", with_bytes(allocated)))?;
+    }
+    let DiskLimits { iops, bandwidth, .. } = more.limits;
+    let iops = iops.map(|iops| format!("{iops} requests/s"));
+    let limits: Vec<_> = iops.into_iter().chain(bandwidth.map(|b| format!("{}/s", with_bytes(b)))).collect();
+    if !limits.is_empty() {
+        line(format!("limited to {}", limits.join(" and ")))?;
+    }
+    if let Some(why) = &more.waiting {
+        line(format!("waits: {why}"))?;
     }
     Ok(())
 }

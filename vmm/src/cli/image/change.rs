@@ -39,10 +39,8 @@ fn or_by_guest(
 ) -> Result<Option<String>, Failure> {
     match result {
         Ok(()) => Ok(None),
-        // A guest's own redo log waits too.
-        Err(error @ (Error::Locked { .. } | Error::Invalid { .. }))
-            if matches!(error, Error::Locked { .. }) || redo::pending(path).is_some() =>
-        {
+        // What is impossible because of the redo log or the snapshots of a disk need not be so for its guest.
+        Err(error @ (Error::Locked { .. } | Error::Invalid { .. })) => {
             let Some(mut running) = running::find(path) else { return Err(failure(error)) };
             match by_guest(&mut running) {
                 Ok(()) => Ok(Some(running.guest)),

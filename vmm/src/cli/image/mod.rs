@@ -5,7 +5,7 @@ mod change;
 mod dedupe;
 mod look;
 mod make;
-mod output;
+pub mod output;
 pub mod progress;
 mod replace;
 mod running;

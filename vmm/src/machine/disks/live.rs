@@ -234,12 +234,6 @@ impl LiveDisk {
         let opened = &medium.opened;
         let shown = opened.base.as_ref().unwrap_or(&opened.image);
         let info = opened.image.info().ok();
-        let mut backing = Vec::new();
-        let mut below = shown.backing();
-        while let Some(image) = below {
-            backing.push(image.path().to_owned());
-            below = image.backing();
-        }
         DiskStatus {
             path: medium.path.clone(),
             readonly: *readonly,
@@ -249,7 +243,7 @@ impl LiveDisk {
                 format: shown.format().as_str().to_owned(),
                 mode: mode.as_str().to_owned(),
                 redo: opened.redo.clone(),
-                backing,
+                backing: vmfs_image::names_below(&**shown, shown.path()),
                 allocated: info.as_ref().map(|info| info.allocated),
                 max_size: info.and_then(|info| info.max_size),
                 queues: *queues,
