@@ -280,6 +280,16 @@ impl Serving {
 /// The answer is none of HTTP.
 #[must_use]
 pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
+    loop {
+        match request_once(socket, method, path, body) {
+            // So many clients come and go that those before have not gone yet.
+            (503, _) => std::thread::sleep(Duration::from_millis(5)),
+            answer => return answer,
+        }
+    }
+}
+
+fn request_once(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
     let Ok(mut stream) = UnixStream::connect(socket) else { return (0, Value::Null) };
     let len = body.len();
     let request = format!(

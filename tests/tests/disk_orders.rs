@@ -279,13 +279,13 @@ fn orders_pauses_and_the_end_may_come_at_any_moment() {
         guest.write(1);
         let socket = guest.socket();
         let over = AtomicBool::new(false);
+        let ask = |method: &str, path: &str, body: &str, good: &[u16]| {
+            let (status, answer) = vmm_tests::disks::request(&socket, method, path, body);
+            // The guest may be at its end.
+            let is_end = status == 0 || status == 409 && answer.to_string().contains("end");
+            assert!(good.contains(&status) || is_end, "{path}: {status} {answer}");
+        };
         std::thread::scope(|scope| {
-            let ask = |method: &str, path: &str, body: &str, good: &[u16]| {
-                let (status, answer) = vmm_tests::disks::request(&socket, method, path, body);
-                // The guest may be at its end.
-                let is_end = status == 0 || status == 409 && answer.to_string().contains("end");
-                assert!(good.contains(&status) || is_end, "{path}: {status} {answer}");
-            };
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     ask("PUT", "pause", "", &[204]);
