@@ -1,10 +1,10 @@
 //! The images, and the state in which every run finds them.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -42,36 +42,42 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error 
 pub struct Images {
     dir: PathBuf,
     size: u64,
+    /// Our own program, which makes thin images, or why there is none.
+    vmm: Result<PathBuf, String>,
     /// How the page cache holds each file.
     cached: HashMap<PathBuf, Cache>,
 }
 
 impl Images {
-    /// Images of `size` bytes in `dir`, the raw one made at once: all of it written, with data that does not compress.
+    /// Images of `size` bytes in `dir`, the raw one made at once. Thin ones are made by the program `vmm`.
     ///
     /// # Errors
     ///
     /// The file cannot be written.
-    pub fn new(dir: &Path, size: u64) -> Result<Self, Error> {
-        let images = Self { dir: dir.to_owned(), size, cached: HashMap::new() };
-        let path = images.raw();
+    pub fn new(dir: &Path, size: u64, vmm: Result<PathBuf, String>) -> Result<Self, Error> {
+        let images = Self { dir: dir.to_owned(), size, vmm, cached: HashMap::new() };
+        images.write(&images.raw())?;
+        Ok(images)
+    }
+
+    /// Makes a raw image, all of it written, with data that does not compress.
+    fn write(&self, path: &Path) -> Result<(), Error> {
         let write = || {
             let mut source = File::open("/dev/urandom")?;
             let mut piece = vec![0; PIECE];
             source.read_exact(&mut piece)?;
-            let mut file = File::create(&path)?;
-            for number in 0..size / PIECE as u64 {
+            let mut file = File::create(path)?;
+            for number in 0..self.size / PIECE as u64 {
                 // No two blocks are alike.
                 for block in piece.chunks_mut(4096) {
                     block[..8].copy_from_slice(&number.to_le_bytes());
                 }
                 file.write_all(&piece)?;
             }
-            file.set_len(size)?;
+            file.set_len(self.size)?;
             file.sync_all()
         };
-        write().map_err(io_error("write", &path))?;
-        Ok(images)
+        write().map_err(io_error("write", path))
     }
 
     /// Size of the disks in bytes.
@@ -86,76 +92,150 @@ impl Images {
         self.dir.join("disk.raw")
     }
 
-    /// Makes `image` ready for a run and gives its path: all that was written to it is on the disk, its data in the page
-    /// cache as `cache` says. Images that a run fills are new.
+    /// Makes `image` ready for a run and gives its path: all that was written, to it or another, is on the disk, its data
+    /// in the page cache as `cache` says. Images that a run fills are new.
     ///
     /// # Errors
     ///
     /// A file cannot be made, or the program that makes it is not there.
     pub fn prepare(&mut self, image: Image, cache: Cache) -> Result<PathBuf, Error> {
-        let path = match image {
-            Image { format: Format::Raw, .. } => self.raw(),
-            Image { format: Format::Qcow2, state } => self.qcow2(state)?,
-            Image { format: Format::Thin, .. } => {
-                return Err(Error::Tool("this version has no thin images".to_owned()));
+        let path = match (image.state, image.format) {
+            (State::Allocated, Format::Raw) => self.raw(),
+            (State::Allocated, format) => self.full(format)?,
+            (State::Fresh, format) => self.fresh(format)?,
+            (State::Backed, format) => {
+                let base = self.base(cache)?;
+                self.backed(format, &base)?
             }
         };
-        match image.state {
-            State::Allocated => self.settle(&path, cache)?,
-            State::Fresh => sync(&path).map_err(io_error("prepare", &path))?,
-            State::Backed => {
-                self.settle(&self.raw(), cache)?;
-                sync(&path).map_err(io_error("prepare", &path))?;
-            }
+        if image.state == State::Allocated {
+            self.settle(&path, cache)?;
         }
+        // What is not yet on the disk would be written there during the run, whoever wrote it.
+        sync_all(&self.dir).map_err(io_error("write to the disk", &self.dir))?;
         Ok(path)
     }
 
     fn settle(&mut self, path: &Path, cache: Cache) -> Result<(), Error> {
-        let failed = io_error("prepare", path);
         if self.cached.get(path) == Some(&cache) && cache != Cache::Nothing {
-            return sync(path).map_err(failed);
+            return Ok(());
         }
         self.cached.remove(path);
-        fill(path, cache).map_err(failed)?;
+        fill(path, cache).map_err(io_error("prepare", path))?;
         self.cached.insert(path.to_owned(), cache);
         Ok(())
     }
 
-    fn qcow2(&self, state: State) -> Result<PathBuf, Error> {
-        let (raw, size) = (self.raw(), self.size.to_string());
-        let full = self.dir.join("full.qcow2");
-        let new = self.dir.join("new.qcow2");
-        match state {
-            State::Allocated if full.exists() => return Ok(full),
-            State::Allocated => {
-                qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &[&raw, &full])?;
-                return Ok(full);
-            }
-            State::Fresh => qemu_img(&["create", "-q", "-f", "qcow2"], &[&new, Path::new(&size)])?,
-            State::Backed => {
-                let backing = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
-                qemu_img(&backing, &[&raw, &new])?;
-            }
+    /// The image with the contents of the raw one, made when it is not there.
+    fn full(&self, format: Format) -> Result<PathBuf, Error> {
+        let (raw, full) = (self.raw(), self.dir.join(format!("full.{}", extension(format))));
+        if full.exists() {
+            return Ok(full);
         }
+        let mut command = self.tool(format)?;
+        match format {
+            Format::Thin => {
+                command.args(["image", "convert", "--format", "thin", "--from", "flat"]).args([&raw, &full])
+            }
+            _ => command.args(["convert", "-f", "raw", "-O", extension(format)]).args([&raw, &full]),
+        };
+        run(command)?;
+        Ok(full)
+    }
+
+    /// A new image with nothing in it.
+    fn fresh(&self, format: Format) -> Result<PathBuf, Error> {
+        let new = self.new_path(format)?;
+        let mut command = self.tool(format)?;
+        match format {
+            Format::Thin => {
+                let size = format!("{}K", self.size >> 10);
+                command.args(["image", "create", "--format", "thin", "--size", &size]).arg(&new)
+            }
+            _ => command.args(["create", "-q", "-f", extension(format)]).arg(&new).arg(self.size.to_string()),
+        };
+        run(command)?;
         Ok(new)
+    }
+
+    /// A new image with nothing in it that lies on `base`.
+    fn backed(&self, format: Format, base: &Path) -> Result<PathBuf, Error> {
+        let new = self.new_path(format)?;
+        let mut command = self.tool(format)?;
+        match format {
+            Format::Thin => command.args(["image", "clone"]).args([base, &new]),
+            _ => {
+                command.args(["create", "-q", "-f", extension(format), "-F", "raw", "-b"]).args([base, &new])
+            }
+        };
+        run(command)?;
+        Ok(new)
+    }
+
+    /// The raw image that others lie on. Nothing is ever written to it, and images that lie on it until now are void.
+    fn base(&mut self, cache: Cache) -> Result<PathBuf, Error> {
+        let base = self.dir.join("base.raw");
+        if !base.exists() {
+            self.write(&base)?;
+        }
+        // A clone takes it away.
+        fs::set_permissions(&base, fs::Permissions::from_mode(0o644)).map_err(io_error("prepare", &base))?;
+        self.settle(&base, cache)?;
+        Ok(base)
+    }
+
+    /// Where a new image is made; none is there.
+    fn new_path(&self, format: Format) -> Result<PathBuf, Error> {
+        let new = self.dir.join(format!("new.{}", extension(format)));
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &new)(error)),
+            _ => Ok(new),
+        }
+    }
+
+    /// The program that makes images of this kind.
+    fn tool(&self, format: Format) -> Result<Command, Error> {
+        let program = match format {
+            Format::Thin => self.vmm.clone(),
+            Format::Raw | Format::Qcow2 => systems::tool("qemu-img", "QEMU_IMG"),
+        };
+        program.map(Command::new).map_err(Error::Tool)
+    }
+
+    /// Says that `path` was written to in another way than by the requests of a case.
+    pub fn disturbed(&mut self, path: &Path) {
+        self.cached.remove(path);
     }
 }
 
-fn qemu_img(args: &[&str], paths: &[&Path]) -> Result<(), Error> {
-    let program = systems::tool("qemu-img", "QEMU_IMG").map_err(Error::Tool)?;
-    let mut command = Command::new(program);
-    command.args(args).args(paths).stdin(Stdio::null());
-    let output = command.output().map_err(|error| Error::Tool(format!("cannot run qemu-img: {error}")))?;
+/// What names of such files end in.
+fn extension(format: Format) -> &'static str {
+    match format {
+        Format::Raw => "raw",
+        Format::Qcow2 => "qcow2",
+        Format::Thin => "thin",
+    }
+}
+
+/// Runs a program that makes an image.
+pub(super) fn run(mut command: Command) -> Result<(), Error> {
+    let output = command.stdin(Stdio::null()).output();
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = output.map_err(|error| Error::Tool(format!("cannot run {program}: {error}")))?;
     if output.status.success() {
         return Ok(());
     }
+    let verb: Vec<_> = command.get_args().take(2).map(|arg| arg.to_string_lossy()).collect();
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::Tool(format!("qemu-img {} ended with {}: {}", args[0], output.status, said.trim())))
+    Err(Error::Tool(format!("{program} {} ended with {}: {}", verb.join(" "), output.status, said.trim())))
 }
 
-fn sync(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+/// Writes all files of a directory to the disk.
+pub(super) fn sync_all(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    Ok(())
 }
 
 /// Writes the file to the disk and brings it anew into the page cache.
@@ -209,7 +289,7 @@ mod tests {
     #[test]
     fn raw_image_is_full_and_its_blocks_differ() {
         let dir = tempfile::tempdir().unwrap();
-        let mut images = Images::new(dir.path(), 4 << 20).unwrap();
+        let mut images = Images::new(dir.path(), 4 << 20, Err("no vmm".to_owned())).unwrap();
         let raw = images.prepare(RAW, Cache::Pieces(4096)).unwrap();
         let bytes = std::fs::read(&raw).unwrap();
         assert_eq!(bytes.len(), 4 << 20);
@@ -217,6 +297,45 @@ mod tests {
         blocks.sort_unstable();
         blocks.dedup();
         assert_eq!(blocks.len(), 1024);
+    }
+
+    #[test]
+    fn thin_images_are_made_by_the_program_that_is_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let (program, log, work) =
+            (dir.path().join("vmm"), dir.path().join("log"), dir.path().join("images"));
+        fs::create_dir(&work).unwrap();
+        let script = format!("#!/bin/sh\necho \"$@\" >>{}\n", log.display());
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut images = Images::new(&work, 4 << 20, Ok(program)).unwrap();
+        for state in [State::Fresh, State::Backed] {
+            images.prepare(Image { format: Format::Thin, state }, Cache::Pieces(4096)).unwrap();
+        }
+        let said = fs::read_to_string(&log).unwrap().replace(&format!("{}/", work.display()), "");
+        let wanted =
+            "image create --format thin --size 4096K new.thin\nimage clone base.raw new.thin\n".to_owned();
+        assert_eq!(said, wanted);
+        assert_eq!(fs::metadata(work.join("base.raw")).unwrap().len(), 4 << 20);
+
+        let full = Image { format: Format::Thin, state: State::Allocated };
+        let error = images.prepare(full, Cache::Nothing).unwrap_err().to_string();
+        assert!(error.contains("full.thin"), "made nothing: {error}");
+        let said = fs::read_to_string(&log).unwrap();
+        assert!(said.contains("image convert --format thin --from flat"), "{said}");
+    }
+
+    #[test]
+    fn program_that_is_not_there_or_fails_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let fresh = Image { format: Format::Thin, state: State::Fresh };
+        let error = |vmm| {
+            let mut images = Images::new(dir.path(), 1 << 20, vmm).unwrap();
+            images.prepare(fresh, Cache::Nothing).unwrap_err().to_string()
+        };
+        assert_eq!(error(Err("no vmm".to_owned())), "no vmm");
+        assert_eq!(error(Ok("/bin/false".into())), "/bin/false image create ended with exit status: 1: ");
+        assert!(error(Ok("/nonexistent/vmm".into())).contains("cannot run /nonexistent/vmm"));
     }
 
     #[test]
@@ -234,7 +353,7 @@ mod tests {
     #[test]
     fn file_that_is_not_there_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let mut images = Images::new(dir.path(), 1 << 20).unwrap();
+        let mut images = Images::new(dir.path(), 1 << 20, Err("no vmm".to_owned())).unwrap();
         std::fs::remove_file(images.raw()).unwrap();
         let error = images.prepare(RAW, Cache::Nothing).unwrap_err().to_string();
         assert!(error.contains("disk.raw"), "{error}");

@@ -2,9 +2,12 @@
 //!
 //! The test guest, one vCPU, drives one disk by polling: the same ELF, orders and images of equal size and content for
 //! all. Figures are the guest's own count by its time stamp counter, which is held against the host's clock. Before each
-//! run the image is brought to the same state ([`images`]). Systems take turns within a case, cases within a round.
+//! run the image is brought to the same state ([`images`]). Systems take turns within a case, cases within a round. Who
+//! does not read again what it wrote is not measured ([`Bench::verify`]). Beside the guest's disk: the time that a
+//! clone takes ([`clone`]).
 
 pub mod cases;
+mod clone;
 mod fio;
 pub mod images;
 mod table;
@@ -28,6 +31,8 @@ const NAME: &str = "disk";
 pub const LIMIT: &str = "fio";
 /// Longest time for what a guest does besides measuring.
 const MARGIN: Duration = Duration::from_secs(30);
+/// How much is written and read again before anything is measured.
+const VERIFY: &str = "mode=random count=4096 size=4096 depth=32 seed=7";
 /// By how much guest and host may disagree on how long a run took: the guest's clock would be wrong.
 const CLOCK_TOLERANCE: Duration = Duration::from_millis(500);
 
@@ -136,8 +141,11 @@ struct Outcome {
 }
 
 /// Name, monitor, kind of image and its state, in the order of reports.
-const CONTENDERS: [(&str, &str, Format, State); 6] = [
+const CONTENDERS: [(&str, &str, Format, State); 9] = [
     ("vmm-flat", systems::OURS, Format::Raw, State::Allocated),
+    ("vmm-thin", systems::OURS, Format::Thin, State::Allocated),
+    ("vmm-thin-fresh", systems::OURS, Format::Thin, State::Fresh),
+    ("vmm-thin-backed", systems::OURS, Format::Thin, State::Backed),
     ("firecracker", "firecracker", Format::Raw, State::Allocated),
     ("qemu-raw", "qemu", Format::Raw, State::Allocated),
     ("qemu-qcow2", "qemu", Format::Qcow2, State::Allocated),
@@ -155,7 +163,7 @@ fn is_ours(name: &str) -> bool {
 ///
 /// [`Error`]; if our own program failed, the results of the others are printed all the same.
 pub fn run(options: &Options) -> Result<(), Error> {
-    let cases = chosen_cases(&options.cases)?;
+    let (cases, clones) = chosen_cases(&options.cases)?;
     let mut contenders = contenders(&options.systems, cases.len())?;
     for contender in &contenders {
         if let Runner::Monitor(system) = &contender.runner
@@ -168,31 +176,40 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let elf = vmm_tests::guest::elf()?;
     let parent = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     let dir = tempfile::Builder::new().prefix("vmm-bench-").tempdir_in(parent).map_err(Error::Dir)?;
-    let mut images = Images::new(dir.path(), options.size << 20)?;
     if !options.json {
         print_conditions(options, &contenders, dir.path());
     }
-    let mut bench = Bench { cases: &cases, images: &mut images, elf: &elf, options };
-    let busy = bench.measure(&mut contenders)?;
-    let lines = lines(&contenders, &cases);
+    let mut busy = 0;
+    if !cases.is_empty() {
+        let mut images = Images::new(dir.path(), options.size << 20, systems::ours())?;
+        let mut bench = Bench { cases: &cases, images: &mut images, elf: &elf, options };
+        bench.verify(&mut contenders)?;
+        busy = bench.measure(&mut contenders)?;
+    }
+    let cloning = clones.then(|| clone::measure(dir.path(), options.runs, &options.systems));
+    let cloning = cloning.transpose()?.unwrap_or_default();
     if options.json {
+        let mut lines = lines(&contenders, &cases);
+        lines.extend(clone::lines(&cloning));
         print!("{}", report::json_lines(NAME, &lines));
     } else {
-        print!("{}", table::all(&contenders, &cases));
+        print!("{}{}", table::all(&contenders, &cases), table::clones(&cloning));
         if busy > 0 {
             println!("{busy} runs began while the host was busy with something else");
         }
     }
-    first_failure(&contenders, &cases).map_or(Ok(()), Err)
+    first_failure(&contenders, &cases).or_else(|| clone::failure(&cloning)).map_or(Ok(()), Err)
 }
 
-fn chosen_cases(names: &[String]) -> Result<Vec<Case>, Error> {
+/// The chosen cases of guests, and whether clones are to be made.
+fn chosen_cases(names: &[String]) -> Result<(Vec<Case>, bool), Error> {
     let chosen: Vec<Case> = cases::ALL.into_iter().filter(|case| is_chosen(case.name, names)).collect();
-    if chosen.is_empty() {
-        let known = cases::ALL.map(|case| case.name).join(", ");
+    let clones = is_chosen(clone::CASE, names);
+    if chosen.is_empty() && !clones {
+        let known = format!("{}, {}", cases::ALL.map(|case| case.name).join(", "), clone::CASE);
         return Err(Error::NoSuch { what: "case", names: names.to_vec(), known });
     }
-    Ok(chosen)
+    Ok((chosen, clones))
 }
 
 fn is_chosen(name: &str, names: &[String]) -> bool {
@@ -240,6 +257,7 @@ fn print_conditions(options: &Options, contenders: &[Contender], dir: &Path) {
         dir.parent().unwrap_or(dir).display(),
         file_system(dir)
     );
+    println!("each system has first read again, in another run, what its guest wrote in one");
     println!(
         "cpu: µs of the monitor's threads for each request, the vCPU's time in guest and user mode left out"
     );
@@ -285,6 +303,49 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Has each monitor write to its image in one run and read that again in another: figures of one that loses data, or
+    /// serves something else, would say nothing. One that fails is left out of everything.
+    fn verify(&mut self, contenders: &mut [Contender]) -> Result<(), Error> {
+        for contender in contenders.iter_mut() {
+            let Runner::Monitor(system) = &contender.runner else { continue };
+            let verified = self.verify_one(system.as_ref(), contender.image)?;
+            if let Err(why) = verified {
+                contender.results.iter_mut().for_each(|outcome| outcome.failed = Some(why.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn verify_one(
+        &mut self,
+        system: &dyn systems::System,
+        image: Image,
+    ) -> Result<Result<(), String>, Error> {
+        let path = match self.prepare(image, cases::Cache::Pieces(4096)) {
+            Ok(path) => path,
+            Err(why) => return Ok(Err(why)),
+        };
+        for phase in ["write", "read"] {
+            let dir = tempfile::tempdir().map_err(Error::Dir)?;
+            let cmdline = format!("test=blk-verify phase={phase} {VERIFY} then=idle");
+            let disk = Disk { path: &path, format: image.format, direct: false };
+            let guest = Guest { elf: self.elf, cmdline: &cmdline, memory_mib: MEMORY_MIB, disk: Some(disk) };
+            let result = result_of(system, &guest, dir.path(), MARGIN);
+            if let Err(why) = result.and_then(|result| verified(&result)) {
+                return Ok(Err(why));
+            }
+        }
+        self.images.disturbed(&path);
+        Ok(Ok(()))
+    }
+
+    fn prepare(&mut self, image: Image, cache: cases::Cache) -> Result<PathBuf, String> {
+        let prepared = self.images.prepare(image, cache);
+        // Where an image of ours cannot be made, ours has failed.
+        let failed = if image.format == Format::Thin { "failed: " } else { "" };
+        prepared.map_err(|error| format!("{failed}{error}"))
+    }
+
     /// Runs all in turns; says how many runs began on a busy host. A system that fails in a case is left out of it from
     /// then on.
     fn measure(&mut self, contenders: &mut [Contender]) -> Result<u32, Error> {
@@ -331,9 +392,9 @@ impl Bench<'_> {
         if let Runner::Nobody(why) = &contender.runner {
             return (Err(why.clone()), true);
         }
-        let image = match self.images.prepare(contender.image, case.cache) {
+        let image = match self.prepare(contender.image, case.cache) {
             Ok(image) => image,
-            Err(error) => return (Err(error.to_string()), true),
+            Err(why) => return (Err(why), true),
         };
         let idle = quiet::wait(Duration::from_secs(self.options.wait_idle));
         let seconds = self.options.seconds;
@@ -367,6 +428,29 @@ fn run_guest(
     let result = running.next_line(duration + MARGIN).map_err(said)?.line;
     let spent = running.processor_time().map_err(said)?.since(&before);
     figures(&result, spent, began.elapsed())
+}
+
+/// What a guest reports that is not measured.
+fn result_of(
+    system: &dyn systems::System,
+    guest: &Guest<'_>,
+    dir: &Path,
+    patience: Duration,
+) -> Result<serde_json::Value, String> {
+    let said = |error: process::Error| format!("failed: {error}");
+    let command = system.command(guest, dir).map_err(|error| error.to_string())?;
+    let mut running = Running::start(command, dir).map_err(said)?;
+    running.first_line().map_err(said)?;
+    Ok(running.next_line(patience).map_err(said)?.line)
+}
+
+/// Whether all that was to be written, or read again, was.
+fn verified(result: &serde_json::Value) -> Result<(), String> {
+    let none = |key: &str| result[key] == 0;
+    if none("errors") && none("mismatches") && result["requests"].as_u64() > Some(0) {
+        return Ok(());
+    }
+    Err(format!("failed: what was written is not what is read: {result}"))
 }
 
 /// From the guest's result, the processor time and how long the host has waited for it.
@@ -440,12 +524,29 @@ mod tests {
     }
 
     #[test]
+    fn data_that_is_lost_or_not_looked_at_is_a_failure() {
+        let good = json!({"requests": 9, "errors": 0, "mismatches": 0});
+        assert_eq!(verified(&good), Ok(()));
+        for (key, value) in [("requests", 0), ("errors", 1), ("mismatches", 1)] {
+            let mut bad = good.clone();
+            bad[key] = value.into();
+            assert!(verified(&bad).unwrap_err().starts_with("failed"), "{bad}");
+        }
+        assert!(verified(&json!({"message": "no disk"})).unwrap_err().contains("no disk"));
+    }
+
+    #[test]
     fn names_choose_cases_and_systems_and_unknown_ones_are_refused() {
         let names = |name: &str| vec![name.to_owned()];
-        assert_eq!(chosen_cases(&[]).unwrap().len(), cases::ALL.len());
-        assert_eq!(chosen_cases(&names("flush")).unwrap().len(), 1);
+        let (all, clones) = chosen_cases(&[]).unwrap();
+        assert_eq!((all.len(), clones), (cases::ALL.len(), true));
+        let (flush, clones) = chosen_cases(&names("flush")).unwrap();
+        assert_eq!((flush.len(), clones), (1, false));
+        assert_eq!(chosen_cases(&names("clone")).unwrap(), (vec![], true));
         let error = chosen_cases(&names("tape")).unwrap_err().to_string();
-        assert!(error.contains("tape") && error.contains("seq-read-128k"), "{error}");
+        for word in ["tape", "seq-read-128k", clone::CASE] {
+            assert!(error.contains(word), "{error}");
+        }
         assert_eq!(contenders(&names("fio"), 1).unwrap().len(), 1);
         assert!(contenders(&names("xen"), 1).unwrap_err().to_string().contains("qemu-raw"));
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::cases::{Case, State};
-use super::{Contender, LIMIT, is_ours, summary};
+use super::{Contender, LIMIT, clone, is_ours, summary};
 
 /// What our flat images are compared with others of ours by.
 const FLAT: &str = "vmm-flat";
@@ -57,6 +57,30 @@ pub fn all(contenders: &[Contender], cases: &[Case]) -> String {
     text
 }
 
+/// One table of clones: median, extremes, and the median as a multiple of the best peer's; less is better.
+pub fn clones(ways: &[clone::Way]) -> String {
+    let mut text = String::new();
+    if ways.is_empty() {
+        return text;
+    }
+    let title = format!("disk {} ({})", clone::CASE, clone::UNIT);
+    let _ = writeln!(text, "{title:<36}{:>10}{:>10}{:>10}{:>8}", "median", "min", "max", "x peer");
+    let peers = ways.iter().filter(|way| !is_ours(way.name));
+    let peer = peers.filter_map(|way| way.summary().ok()).map(|found| found.median).reduce(f64::min);
+    for way in ways {
+        let _ = match way.summary() {
+            Err(why) => writeln!(text, "{:<36}skipped: {why}", way.name),
+            Ok(found) => {
+                let ratio = peer.map_or("-".to_owned(), |peer| format!("{:.2}", found.median / peer));
+                let (median, min, max) = (found.median, found.min, found.max);
+                writeln!(text, "{:<36}{median:>10.1}{min:>10.1}{max:>10.1}{ratio:>8}", way.name)
+            }
+        };
+    }
+    text.push('\n');
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,5 +114,25 @@ mod tests {
         assert_eq!(row(2)[4..6], ["1.00", "0.50"]);
         assert_eq!(row(4), ["vmm-thin-backed", "150", "150", "150", "-", "0.50", "0.25", "1.50"]);
         assert_eq!(row(5), ["qemu-qcow2-backed", "skipped:", "not", "found"]);
+    }
+
+    #[test]
+    fn clones_are_compared_with_the_fastest_of_a_peer() {
+        let way = |name, times: &[f64], failed: Option<&str>| clone::Way {
+            name,
+            times: times.to_vec(),
+            failed: failed.map(str::to_owned),
+        };
+        let ways = [
+            way("vmm-thin", &[9.0, 3.0, 4.0], None),
+            way("qemu-raw", &[8.0], None),
+            way("qemu-qcow2", &[], Some("no qemu-img")),
+        ];
+        let text = clones(&ways);
+        let row = |nth: usize| text.lines().nth(nth).unwrap().split_ascii_whitespace().collect::<Vec<_>>();
+        assert_eq!(row(1), ["vmm-thin", "4.0", "3.0", "9.0", "0.50"]);
+        assert_eq!(row(2).last(), Some(&"1.00"));
+        assert_eq!(row(3), ["qemu-qcow2", "skipped:", "no", "qemu-img"]);
+        assert_eq!(clones(&[]), "");
     }
 }

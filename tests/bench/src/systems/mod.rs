@@ -98,6 +98,17 @@ pub fn all() -> Vec<Candidate> {
     ]
 }
 
+/// Our own monitor's program.
+///
+/// # Errors
+///
+/// There is none: what was looked for.
+pub fn ours() -> Result<PathBuf, String> {
+    let ours = all().into_iter().find(|candidate| candidate.name == OURS);
+    let ours = ours.ok_or_else(|| format!("there is no system {OURS}"))?;
+    ours.system.map(|system| system.program().to_owned())
+}
+
 /// The program called `program`, as the environment variable `variable` names it, else of `$PATH`; else what was looked for.
 ///
 /// # Errors
@@ -274,9 +285,15 @@ mod tests {
         );
         assert!(qemu(Format::Qcow2, true).contains("format=qcow2,aio=io_uring,cache=none"));
 
-        vmm::Vmm("vmm".into()).command(&guest, dir.path()).unwrap();
-        let text = fs::read_to_string(dir.path().join("vm.toml")).unwrap();
-        assert!(text.ends_with("[[disk]]\npath = \"/a,b\"\n"), "{text}");
+        let ours = |format, direct| {
+            vmm::Vmm("vmm".into()).command(&with_disk(format, direct), dir.path()).unwrap();
+            fs::read_to_string(dir.path().join("vm.toml")).unwrap()
+        };
+        let disk = "[[disk]]\npath = \"/a,b\"\nformat = ";
+        let text = ours(Format::Raw, false);
+        assert!(text.ends_with(&format!("{disk}\"flat\"\ncache = \"writeback\"\n")), "{text}");
+        let text = ours(Format::Thin, true);
+        assert!(text.ends_with(&format!("{disk}\"thin\"\ncache = \"none\"\n")), "{text}");
     }
 
     #[test]

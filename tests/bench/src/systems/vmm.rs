@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fs, io};
 
-use super::{Guest, System, unsupported};
+use super::{Format, Guest, System};
 
 pub const NAME: &str = super::OURS;
 
@@ -29,10 +29,14 @@ impl System for Vmm {
             guest.memory_mib
         );
         if let Some(disk) = guest.disk {
-            config += &format!("[[disk]]\npath = {}\n", serde_json::to_string(disk.path)?);
-            if disk.direct {
-                return unsupported("it has no cache modes yet");
-            }
+            let path = serde_json::to_string(disk.path)?;
+            let format = match disk.format {
+                Format::Raw => "flat",
+                Format::Qcow2 => "qcow2",
+                Format::Thin => "thin",
+            };
+            let cache = if disk.direct { "none" } else { "writeback" };
+            config += &format!("[[disk]]\npath = {path}\nformat = \"{format}\"\ncache = \"{cache}\"\n");
         }
         let path = dir.join("vm.toml");
         fs::write(&path, config)?;

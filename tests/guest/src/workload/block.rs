@@ -185,6 +185,13 @@ fn measure(machine: &Machine, kind: Kind, name: &str) -> Result<(), Error> {
     if flush_every > 0 && !disk.device().has(features::FLUSH) {
         return Err("the disk has no cache that could be flushed".into());
     }
+    if kind == Kind::Write {
+        // Nothing but zeroes is a special case to some images.
+        let mut random = Random::new(args.number("seed", 1)?);
+        for slot in 0..disk.depth() {
+            disk.data(slot).fill_with(|| random.next());
+        }
+    }
     let (mut made, mut unflushed, mut flushes) = (0, 0, 0);
     let mut watch = Stopwatch::start(machine, (count == u64::MAX).then_some(5))?;
     let outcome = drive(
