@@ -13,11 +13,20 @@ fn bench(arguments: &[&str]) -> Command {
     command
 }
 
+/// Ours is beside this test's programs only if the whole workspace was built.
+fn assert_measured(line: &Value, unit: &str) {
+    if line["skipped"].is_null() {
+        assert_eq!((&line["runs"], &line["unit"]), (&2.into(), &unit.into()), "{line}");
+        let figures = ["min", "median", "max"].map(|key| line[key].as_f64().unwrap());
+        assert!(figures[0] >= 0.0 && figures.is_sorted(), "{line}");
+    }
+}
+
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn every_system_has_two_lines_for_a_case_and_json_is_all_there_is() {
     let output = bench(&["--runs", "2", "--json", "--size", "16", "--wait-idle", "0", "--allow-debug"])
-        .args(["--case", "rand-read-4k-d32", "--case", "rand-write-4k-d1"])
+        .args(["--case", "rand-read-4k-d32", "--case", "rand-write-4k-d1", "--case", "clone-100g"])
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -35,13 +44,17 @@ fn every_system_has_two_lines_for_a_case_and_json_is_all_there_is() {
             for peer in ["firecracker", "qemu-raw", "qemu-qcow2", "fio"] {
                 assert!(of(peer)["skipped"].as_str().unwrap().contains("/nonexistent"));
             }
-            // Ours is beside this test's programs only if the whole workspace was built.
-            let ours = of("vmm-flat");
-            if ours["skipped"].is_null() {
-                assert_eq!((&ours["runs"], &ours["unit"]), (&2.into(), &unit.into()), "{ours}");
-                let figures = ["min", "median", "max"].map(|key| ours[key].as_f64().unwrap());
-                assert!(figures[0] >= 0.0 && figures.is_sorted(), "{ours}");
+            for ours in ["vmm-flat", "vmm-thin", "vmm-thin-backed"] {
+                assert_measured(of(ours), unit);
             }
+        }
+    }
+    let clones: Vec<&Value> = lines.iter().filter(|line| line["case"] == "clone-100g").collect();
+    assert_eq!(clones.len(), 4, "{text}");
+    for line in clones {
+        match line["system"].as_str().unwrap() {
+            "vmm-flat" | "vmm-thin" => assert_measured(line, "ms"),
+            _ => assert!(line["skipped"].as_str().unwrap().contains("/nonexistent"), "{line}"),
         }
     }
 }

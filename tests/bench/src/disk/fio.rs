@@ -52,6 +52,12 @@ fn command(program: &Path, case: &Case, file: &Path, size: u64, seconds: u32) ->
     command.args(["--thread", "--allow_file_create=0", "--output-format=json"]);
     command.arg(format!("--rw={kind}")).arg(format!("--bs={}", case.size));
     command.arg(format!("--iodepth={}", case.depth)).arg(format!("--direct={}", u8::from(case.is_direct())));
+    if case.depth > 1 {
+        // Many at a time, as a guest has them submitted; one by one is not what the host can do.
+        command.arg(format!("--iodepth_batch_submit={}", case.depth / 2));
+        command.arg("--iodepth_batch_complete_min=1");
+        command.arg(format!("--iodepth_batch_complete_max={}", case.depth));
+    }
     command.arg(format!("--runtime={seconds}")).arg(format!("--size={size}"));
     if case.flush {
         command.arg("--fdatasync=1");

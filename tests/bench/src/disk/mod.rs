@@ -327,7 +327,8 @@ impl Bench<'_> {
         };
         for phase in ["write", "read"] {
             let dir = tempfile::tempdir().map_err(Error::Dir)?;
-            let cmdline = format!("test=blk-verify phase={phase} {VERIFY} then=idle");
+            let size = self.images.size();
+            let cmdline = format!("test=blk-verify phase={phase} span={size} {VERIFY} then=idle");
             let disk = Disk { path: &path, format: image.format, direct: false };
             let guest = Guest { elf: self.elf, cmdline: &cmdline, memory_mib: MEMORY_MIB, disk: Some(disk) };
             let result = result_of(system, &guest, dir.path(), MARGIN);
