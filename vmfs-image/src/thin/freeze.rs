@@ -50,6 +50,7 @@ impl Thin {
         match opened {
             Ok(mut thin) => {
                 (thin.block_size, thin.no_flush) = (self.block_size, self.no_flush);
+                thin.memory_alignment = self.memory_alignment;
                 Ok(thin)
             }
             Err(error) => {

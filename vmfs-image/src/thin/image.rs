@@ -286,6 +286,10 @@ impl Image for Thin {
         self.block_size
     }
 
+    fn memory_alignment(&self) -> usize {
+        self.memory_alignment
+    }
+
     fn is_writable(&self) -> bool {
         self.unfrozen.load(Ordering::Acquire)
     }

@@ -71,6 +71,8 @@ pub struct Thin {
     /// Flushes need not reach the disk.
     no_flush: bool,
     block_size: u32,
+    /// Of memory that goes past the page cache, of this file or one below, in bytes.
+    memory_alignment: usize,
     bits: u8,
     uuid: [u8; 16],
     backing: Option<Arc<dyn Image>>,

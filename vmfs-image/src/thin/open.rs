@@ -289,13 +289,14 @@ impl Thin {
             let what = "a thin image lies in a file, not on a device".to_owned();
             return Err(Error::Invalid { path: path.to_owned(), what });
         }
-        let mut block_size = 512;
+        let (mut block_size, mut alignment) = (512, 1);
         let cached = if options.cache == Cache::None {
             // The open file itself, wherever its name is by now.
             let name = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
             let cached = File::options().read(true).write(options.writable).open(name);
             let failed = |source| Error::Open { path: path.to_owned(), writable: options.writable, source };
-            block_size = set_direct(&opened.file, path)?.file;
+            let direct = set_direct(&opened.file, path)?;
+            (block_size, alignment) = (direct.file, direct.memory);
             Some(cached.map_err(failed)?)
         } else {
             None
@@ -305,6 +306,7 @@ impl Thin {
         let mut thin = Self::with_backing(storage, path, options.writable, backing, Some(lock.into()))?;
         thin.unfrozen = AtomicBool::new(options.writable && !options.frozen);
         thin.block_size = block_size;
+        thin.memory_alignment = alignment.max(thin.memory_alignment);
         thin.no_flush = never_sync;
         Ok(thin)
     }
@@ -399,6 +401,7 @@ impl Thin {
         };
         // One that it does not name any more is nothing to it.
         let backing = backing.filter(|_| block.backing.is_some());
+        let memory_alignment = backing.as_ref().map_or(1, |backing| backing.memory_alignment());
         let files = storage.file().into_iter().cloned();
         let below = backing.iter().flat_map(|backing| backing.files().iter().cloned());
         let files = files.chain(below).collect();
@@ -408,6 +411,7 @@ impl Thin {
             unfrozen: AtomicBool::new(writable),
             no_flush: false,
             block_size: 512,
+            memory_alignment,
             bits,
             uuid: header.uuid,
             files,

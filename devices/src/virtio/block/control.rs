@@ -106,6 +106,6 @@ impl BlockControl {
     /// What the disk has done so far.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        self.0.counting.read()
+        self.0.counters()
     }
 }

@@ -26,12 +26,13 @@ const WHILE: Duration = Duration::from_millis(50);
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Flat,
-    Direct,
+    FlatDirect,
     Thin,
+    ThinDirect,
     Overlay,
 }
 
-const KINDS: [Kind; 4] = [Kind::Flat, Kind::Direct, Kind::Thin, Kind::Overlay];
+const KINDS: [Kind; 5] = [Kind::Flat, Kind::FlatDirect, Kind::Thin, Kind::ThinDirect, Kind::Overlay];
 
 fn writable(cache: Cache) -> OpenOptions {
     OpenOptions { writable: true, cache, ..OpenOptions::default() }
@@ -40,10 +41,11 @@ fn writable(cache: Cache) -> OpenOptions {
 /// A disk of zeroes; an overlay lies on one of ones.
 fn make(dir: &Path, kind: Kind) -> Arc<dyn Image> {
     let path = dir.join("disk.img");
-    let cache = if matches!(kind, Kind::Direct) { Cache::None } else { Cache::Writeback };
+    let cache =
+        if matches!(kind, Kind::FlatDirect | Kind::ThinDirect) { Cache::None } else { Cache::Writeback };
     match kind {
-        Kind::Flat | Kind::Direct => flat::create(&path, DISK, flat::Preallocate::Sparse).unwrap(),
-        Kind::Thin => thin::create(&path, &thin::Create::new(DISK)).unwrap(),
+        Kind::Flat | Kind::FlatDirect => flat::create(&path, DISK, flat::Preallocate::Sparse).unwrap(),
+        Kind::Thin | Kind::ThinDirect => thin::create(&path, &thin::Create::new(DISK)).unwrap(),
         Kind::Overlay => {
             let below = dir.join("base.img");
             std::fs::write(&below, vec![1; usize::try_from(DISK).unwrap()]).unwrap();

@@ -15,7 +15,7 @@ use super::mover::{Mover, Progress};
 use super::options::OnError;
 use super::polling::{self, Polling};
 use super::request::{ID_LEN, Request, Shape, Status};
-use super::shared::{Counters, Shared};
+use super::shared::Shared;
 use super::slot::Slot;
 use crate::GuestRam;
 use crate::virtio::queue::DeviceQueue;
@@ -53,7 +53,6 @@ pub struct Server {
     returns: Arc<Returns>,
     timer: TimerFd,
     polling: Polling,
-    counted: Counters,
     /// What all slots point into.
     memory: Arc<GuestRam>,
 }
@@ -90,7 +89,6 @@ impl Server {
             timer: timer()?,
             // With a single processor, whoever looks for work keeps others from making some.
             polling: Polling::new(if alone { Duration::ZERO } else { polling::MOST }),
-            counted: Counters::default(),
             memory,
         })
     }
@@ -137,7 +135,6 @@ impl Server {
         }
         if moved {
             self.queue.notify();
-            self.shared.counting.add(std::mem::take(&mut self.counted));
         }
         moved
     }
@@ -380,21 +377,7 @@ impl Server {
     /// Gives a request back, with `more` bytes written beside data and status.
     fn answer_with(&mut self, index: u16, status: Status, more: u32) {
         let Some(slot) = self.slots.get_mut(usize::from(index)) else { return };
-        let counted = &mut self.counted;
-        match (&slot.request, status) {
-            (Request::Read(_), Status::Ok) => {
-                counted.reads += 1;
-                counted.bytes_read += slot.len();
-            }
-            (Request::Write(_), Status::Ok) => {
-                counted.writes += 1;
-                counted.bytes_written += slot.len();
-            }
-            (Request::Flush, Status::Ok) => counted.flushes += 1,
-            (Request::Discard(_) | Request::Zero(_), Status::Ok) => counted.discards += 1,
-            (_, Status::Ok) => {}
-            _ => counted.errors += 1,
-        }
+        self.shared.counting(self.queue.index()).count(&slot.request, slot.len(), status);
         let written = slot.answer(status).saturating_add(more);
         self.queue.push(slot.chain.head, written);
         self.unused.push(index);
@@ -466,7 +449,6 @@ impl Work for Server {
             }
         }
         self.queue.notify();
-        self.shared.counting.add(std::mem::take(&mut self.counted));
         if let Some(mover) = &mut self.mover {
             mover.set_image(None);
         }
