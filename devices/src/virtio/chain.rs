@@ -1,6 +1,6 @@
 //! Descriptor chains as byte sequences in guest memory.
 
-use vm_memory::{GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
 
 use crate::GuestRam;
 
@@ -67,7 +67,16 @@ impl<'a> Buffers<'a> {
     ) -> Result<(), Error> {
         let outside = || Error::Memory { address: address.0, len };
         let bytes = usize::try_from(len).map_err(|_| outside())?;
-        for piece in memory.get_slices(address, bytes, access).map_err(|_| outside())? {
+        // Nearly always it lies in one region.
+        if bytes > 0
+            && self.pieces.len() < MAX_PIECES
+            && let Ok(piece) = GuestMemoryBackend::get_slice(memory, address, bytes)
+        {
+            self.pieces.push(piece);
+            self.len += bytes;
+            return Ok(());
+        }
+        for piece in GuestMemory::get_slices(memory, address, bytes, access).map_err(|_| outside())? {
             let piece = piece.map_err(|_| outside())?;
             if self.pieces.len() == MAX_PIECES {
                 return Err(Error::Pieces);

@@ -1,21 +1,25 @@
 //! A queue that a device serves: virtio-queue's rings together with the events on either side of them.
 
+use std::fmt::Display;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::{self, Chain};
+use super::chain::Chain;
 use super::device::{ActiveQueue, VirtioInterrupt};
 use super::log_limit::LogLimit;
 use crate::GuestRam;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, section 2.7.6).
 const NO_INTERRUPT: u16 = 1;
+/// Bytes of a ring before its first element: flags and index.
+const RING_HEADER: u64 = 4;
 
 /// Most chains served before others on the device's thread, a pause among them, get their turn.
 const BUDGET: usize = 64;
@@ -39,8 +43,10 @@ pub struct DeviceQueue {
     kick: EventFd,
     memory: Arc<GuestRam>,
     interrupt: Arc<dyn VirtioInterrupt>,
-    /// Chains were given back that the driver has not been told of.
-    untold: bool,
+    /// Used index when the driver was last considered for an interrupt.
+    considered: u16,
+    /// The driver has been asked not to kick.
+    quiet: bool,
     broken: bool,
 }
 
@@ -49,7 +55,8 @@ impl DeviceQueue {
     #[must_use]
     pub fn new(active: ActiveQueue, memory: Arc<GuestRam>, interrupt: Arc<dyn VirtioInterrupt>) -> Self {
         let ActiveQueue { index, queue, kick } = active;
-        Self { index, queue, kick, memory, interrupt, untold: false, broken: false }
+        let considered = queue.next_used();
+        Self { index, queue, kick, memory, interrupt, considered, quiet: false, broken: false }
     }
 
     /// The descriptor that becomes readable when the driver notifies the queue.
@@ -64,49 +71,16 @@ impl DeviceQueue {
         self.kick.read().unwrap_or_default();
     }
 
+    /// Signals the kick itself, so that what is left is served once others on the device's thread had their turn.
+    pub fn come_back(&self) {
+        // Only an overflow of the counter can fail, and then the event is signalled already.
+        self.kick.write(1).unwrap_or_default();
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory(&self) -> Arc<GuestRam> {
         self.memory.clone()
-    }
-
-    /// The next chain the driver has made available, if there is one.
-    ///
-    /// A chain that breaks the rules is given back unused, and the next one is looked at, up to [`REFUSALS`] of
-    /// them: a driver that makes them faster than they are refused holds nobody up.
-    pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Option<Chain<'m>> {
-        let mut chain = Chain::default();
-        self.pop_into(memory, &mut chain).then_some(chain)
-    }
-
-    /// As [`pop`](Self::pop), in the place of another chain, whose room is used again; false if there is none.
-    pub fn pop_into<'m>(&mut self, memory: &'m GuestRam, into: &mut Chain<'m>) -> bool {
-        for _ in 0..REFUSALS.min(self.queue.size()) {
-            if self.broken {
-                return false;
-            }
-            let next = match self.queue.iter(memory).map(|mut chains| chains.next()) {
-                Ok(Some(next)) => next,
-                Ok(None) => return false,
-                Err(error) => {
-                    self.fail(&format!("its available ring cannot be read: {error}"));
-                    return false;
-                }
-            };
-            let head = next.head_index();
-            match into.refill(memory, next) {
-                Ok(()) => return true,
-                Err(error) => self.refuse(head, &error),
-            }
-        }
-        false
-    }
-
-    /// Whether the driver has made chains available that were not popped yet.
-    #[must_use]
-    pub fn has_more(&self) -> bool {
-        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
-        !self.broken && available.is_ok_and(|index| index.0 != self.queue.next_avail())
     }
 
     /// Most chains that can be made available at a time.
@@ -121,66 +95,141 @@ impl DeviceQueue {
         self.index
     }
 
-    /// Signals the kick itself, so that what is left is served once others on the device's thread had their turn.
-    pub fn come_back(&self) {
-        // Only an overflow of the counter can fail, and then the event is signalled already.
-        self.kick.write(1).unwrap_or_default();
+    /// Whether the driver has made chains available that were not popped yet.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        !self.broken && available.is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
+    /// Hands `each` the chains that the driver has made available, until that does not go on.
+    pub fn pop_each<'m>(
+        &mut self,
+        memory: &'m GuestRam,
+        mut each: impl FnMut(DescriptorChain<&'m GuestRam>) -> ControlFlow<()>,
+    ) {
+        if self.broken {
+            return;
+        }
+        match self.queue.iter(memory) {
+            Ok(mut chains) => while chains.next().is_some_and(|chain| each(chain).is_continue()) {},
+            Err(error) => self.fail(&format!("its available ring cannot be read: {error}")),
+        }
+    }
+
+    /// The next chain the driver has made available, if there is one.
+    ///
+    /// A chain that breaks the rules is given back unused, and the next one is looked at, up to [`REFUSALS`] of
+    /// them: a driver that makes them faster than they are refused holds nobody up.
+    pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Option<Chain<'m>> {
+        for _ in 0..REFUSALS.min(self.queue.size()) {
+            let mut next = None;
+            self.pop_each(memory, |chain| {
+                next = Some(chain);
+                ControlFlow::Break(())
+            });
+            let next = next?;
+            let head = next.head_index();
+            match Chain::parse(memory, next) {
+                Ok(chain) => return Some(chain),
+                Err(error) => self.refuse(head, &error),
+            }
+        }
+        None
     }
 
     /// Gives chain `head` back unused because of `error`.
-    pub fn refuse(&mut self, head: u16, error: &chain::Error) {
+    pub fn refuse(&mut self, head: u16, error: &dyn Display) {
         tracing::debug!("queue {}: {error}", self.index);
         self.push(head, 0);
     }
 
-    /// Gives back the chain popped last as if it had not been popped.
-    pub fn undo_pop(&mut self) {
-        self.queue.go_to_previous_position();
+    /// Gives the `count` chains popped last back as if they had not been popped.
+    pub fn undo(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
     /// Gives chain `head` back with `len` bytes written. [`notify`](Self::notify) tells the driver.
     pub fn push(&mut self, head: u16, len: u32) {
-        if self.broken {
+        self.push_all(&[(head, len)]);
+    }
+
+    /// Gives chains back, each with the number of bytes written to it, so that the driver sees either all of them or
+    /// none. [`notify`](Self::notify) tells it.
+    pub fn push_all(&mut self, chains: &[(u16, u32)]) {
+        if self.broken || chains.is_empty() {
             return;
         }
-        match self.queue.add_used(&*self.memory, head, len) {
-            Ok(()) => self.untold = true,
-            Err(error) => self.fail(&format!("chain {head} cannot be given back: {error}")),
+        let mut next = self.queue.next_used();
+        for (head, len) in chains {
+            if *head >= self.queue.size() {
+                self.fail(&format!("there is no chain {head}"));
+                return;
+            }
+            let element = RING_HEADER + u64::from(next % self.queue.size()) * 8;
+            let written = [u32::from(*head).to_le(), len.to_le()];
+            if self.write(self.queue.used_ring(), element, written).is_none() {
+                self.fail("its used ring cannot be written");
+                return;
+            }
+            next = next.wrapping_add(1);
         }
+        self.queue.set_next_used(next);
+        // Release: who sees the index sees the elements, and the bytes of the buffers, too.
+        let index = self.queue.used_ring().checked_add(2).map(GuestAddress);
+        if index.is_none_or(|index| self.memory.store(next.to_le(), index, Ordering::Release).is_err()) {
+            self.fail("its used ring cannot be written");
+        }
+    }
+
+    fn write<T: vm_memory::ByteValued>(&self, ring: u64, offset: u64, value: T) -> Option<()> {
+        self.memory.write_obj(value, GuestAddress(ring.checked_add(offset)?)).ok()
     }
 
     /// Tells the driver of the chains given back, if it wants to be told.
     pub fn notify(&mut self) {
-        if self.broken || !std::mem::take(&mut self.untold) {
+        let (new, old) = (self.queue.next_used(), self.considered);
+        if self.broken || new == old {
             return;
         }
-        match self.queue.needs_notification(&*self.memory) {
-            Ok(true) if self.queue.event_idx_enabled() || !self.interrupts_suppressed() => {
-                self.interrupt.queue_used(self.index);
+        self.considered = new;
+        // The driver must not both miss the chains and have its wish missed.
+        fence(Ordering::SeqCst);
+        // `used_event` lies behind the available ring, its flags at the beginning (section 2.7.6).
+        let event_index = self.queue.event_idx_enabled();
+        let offset = if event_index { RING_HEADER + 2 * u64::from(self.queue.size()) } else { 0 };
+        let address = self.queue.avail_ring().checked_add(offset).map(GuestAddress);
+        let wish = address.and_then(|address| self.memory.load::<u16>(address, Ordering::Relaxed).ok());
+        match wish.map(u16::from_le) {
+            Some(event) if event_index => {
+                // Whether going from old to new passes event (section 2.7.7.2).
+                if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+                    self.interrupt.queue_used(self.index);
+                }
             }
-            Ok(_) => {}
-            Err(error) => self.fail(&format!("its used event cannot be read: {error}")),
+            Some(flags) if flags & NO_INTERRUPT == 0 => self.interrupt.queue_used(self.index),
+            Some(_) => {}
+            None => self.fail("its available ring cannot be read"),
         }
-    }
-
-    /// Without the event index the driver may ask by a flag not to be interrupted.
-    fn interrupts_suppressed(&self) -> bool {
-        let flags = self.memory.read_obj::<u16>(GuestAddress(self.queue.avail_ring()));
-        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
     }
 
     /// Asks the driver not to kick while the queue is being served.
     pub fn suppress_kicks(&mut self) {
+        if std::mem::replace(&mut self.quiet, true) {
+            return;
+        }
         if let Err(error) = self.queue.disable_notification(&*self.memory) {
             self.fail(&format!("its used ring cannot be written: {error}"));
         }
     }
 
-    /// Asks the driver to kick again; true if chains were made available meanwhile, which no kick will tell.
+    /// Asks the driver to kick when it makes more chains available than those popped; true if it has done so already, which
+    /// no kick will tell.
     pub fn allow_kicks(&mut self) -> bool {
         if self.broken {
             return false;
         }
+        self.quiet = false;
         match self.queue.enable_notification(&*self.memory) {
             Ok(more) => more,
             Err(error) => {
@@ -188,6 +237,12 @@ impl DeviceQueue {
                 false
             }
         }
+    }
+
+    /// Number of chains popped and not given back.
+    #[cfg(test)]
+    pub fn outstanding(&self) -> u16 {
+        self.queue.next_avail().wrapping_sub(self.queue.next_used())
     }
 
     /// Serves chains with `serve`, which says how many bytes it has written, until there are none left.
@@ -223,7 +278,7 @@ impl DeviceQueue {
             BROKEN.log(|dropped| {
                 tracing::warn!("queue {} of a device is broken by its driver: {what}{dropped}", self.index);
             });
-            if std::mem::take(&mut self.untold) {
+            if self.considered != self.queue.next_used() {
                 self.interrupt.queue_used(self.index);
             }
             self.interrupt.needs_reset();

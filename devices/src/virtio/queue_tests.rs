@@ -249,7 +249,7 @@ fn chain_put_back_is_popped_again() {
     rig.offer(5);
     let memory = rig.memory.clone();
     assert_eq!(rig.queue.pop(&memory).unwrap().head, 5);
-    rig.queue.undo_pop();
+    rig.queue.undo(1);
     assert_eq!(rig.queue.pop(&memory).unwrap().head, 5);
     assert!(rig.queue.pop(&memory).is_none());
 }

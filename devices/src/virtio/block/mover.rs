@@ -89,9 +89,9 @@ impl Mover {
         self.ring.in_flight()
     }
 
-    /// Whether more can be begun.
-    pub fn has_room(&self) -> bool {
-        self.ring.has_room()
+    /// How many more requests can be begun.
+    pub fn room(&self) -> usize {
+        self.ring.room()
     }
 
     /// Whether [`reap`](Self::reap) has something.
@@ -167,7 +167,7 @@ impl Mover {
         let pieces = slot.pieces(segment);
         match access {
             Access::Read if self.cached_reads => {
-                match vectored(file, segment.offset, pieces, libc::preadv2, libc::RWF_NOWAIT) {
+                match vectored(file, segment.offset, pieces, libc::SYS_preadv2, libc::RWF_NOWAIT) {
                     Ok(moved) if moved == segment.len => Some(Ok(())),
                     Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                         self.cached_reads = false;
@@ -183,7 +183,7 @@ impl Mover {
                     return None;
                 }
                 // Where file systems do not say beforehand whether a write has to wait, it shows.
-                let moved = vectored(file, segment.offset, pieces, libc::pwritev2, 0);
+                let moved = vectored(file, segment.offset, pieces, libc::SYS_pwritev2, 0);
                 let ended = Instant::now();
                 self.slow_until = (ended - began > LONG).then(|| ended + PENANCE);
                 match moved {
@@ -281,25 +281,19 @@ fn token(index: u16, number: u64) -> u64 {
     u64::from(index) | number << 16
 }
 
-type Vectored = unsafe extern "C" fn(
-    libc::c_int,
-    *const libc::iovec,
-    libc::c_int,
-    libc::off_t,
-    libc::c_int,
-) -> libc::ssize_t;
-
 fn vectored(
     file: &File,
     offset: u64,
     pieces: &[libc::iovec],
-    call: Vectored,
+    call: libc::c_long,
     flags: libc::c_int,
 ) -> io::Result<u64> {
-    let count = libc::c_int::try_from(pieces.len()).map_err(io::Error::other)?;
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // The offset is one argument, for which two are counted (`pos_from_hilo` in Linux, fs/read_write.c).
+    const HIGH: libc::c_ulong = 0;
+    // Not by libc's functions, which make each call a point where a thread may be cancelled, at a price.
     // SAFETY: the pieces lie in guest memory, which whoever has the slot keeps mapped; that the guest may change it
     // meanwhile is as with memory that a device of hardware reads or writes.
-    let moved = unsafe { call(file.as_raw_fd(), pieces.as_ptr(), count, offset, flags) };
+    let moved =
+        unsafe { libc::syscall(call, file.as_raw_fd(), pieces.as_ptr(), pieces.len(), offset, HIGH, flags) };
     u64::try_from(moved).map_err(|_| io::Error::last_os_error())
 }

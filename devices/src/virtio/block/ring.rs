@@ -10,7 +10,7 @@ use io_uring::{EnterFlags, IoUring, opcode, types};
 
 /// Most transfers queued for the kernel at once; others wait for these to be submitted, not to be done.
 const ENTRIES: u32 = 128;
-/// Most that are not done, so that the kernel always has room for what is.
+/// Most that should not be done, so that the kernel has room for what is.
 const MOST: usize = 2 * ENTRIES as usize;
 
 /// What is to be done with a file of those in use, by its index.
@@ -109,12 +109,12 @@ impl Ring {
         self.in_flight
     }
 
-    /// Whether there is room for another.
-    pub fn has_room(&self) -> bool {
-        self.in_flight < MOST
+    /// How many more there should be at most.
+    pub fn room(&self) -> usize {
+        MOST.saturating_sub(self.in_flight)
     }
 
-    /// Queues an operation, which [`reap`](Self::reap) tells of by `token`. There has to be room.
+    /// Queues an operation, which [`reap`](Self::reap) tells of by `token`.
     ///
     /// # Errors
     ///
@@ -258,7 +258,7 @@ mod tests {
         let mut bytes = vec![7_u8; MOST * 512];
         let pieces: Vec<_> = bytes.chunks_mut(512).map(piece).collect();
         for (index, pieces) in pieces.iter().enumerate() {
-            assert!(ring.has_room());
+            assert!(ring.room() > 0);
             let write = Operation::Write {
                 file: 0,
                 offset: index as u64 * 512,
@@ -268,7 +268,7 @@ mod tests {
             // SAFETY: bytes and pieces outlive the ring's work, which `all` waits for.
             unsafe { ring.push(write, index as u64) }.unwrap();
         }
-        assert!(!ring.has_room());
+        assert_eq!(ring.room(), 0);
         let done = all(&mut ring);
         assert_eq!(done.len(), MOST);
         assert!((0..).zip(done).all(|(index, done)| done == (index, 512)));

@@ -1,6 +1,7 @@
 //! Serving a disk's queue.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,6 +19,7 @@ use super::request::{ID_LEN, Request, Shape, Status};
 use super::shared::Shared;
 use super::slot::Slot;
 use crate::GuestRam;
+use crate::virtio::chain::Error;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::{Poll, Work};
 
@@ -44,6 +46,8 @@ pub struct Server {
     mover: Option<Mover>,
     slots: Vec<Slot>,
     unused: Vec<u16>,
+    /// Slots that chains were put into just now.
+    popped: Vec<u16>,
     /// Slots that wait because of an error.
     stopped: Vec<u16>,
     retries: u64,
@@ -81,6 +85,7 @@ impl Server {
             mover: None,
             slots: Vec::new(),
             unused: Vec::new(),
+            popped: Vec::new(),
             stopped: Vec::new(),
             retries,
             full: false,
@@ -166,9 +171,10 @@ impl Server {
         if !self.stopped.is_empty() {
             return false;
         }
-        let limited = self.shared.limiter.is_active();
-        let mut taken = false;
-        for _ in 0..BATCH {
+        let mut left = BATCH;
+        while left > 0 && self.stopped.is_empty() && !self.full {
+            // With limits, each may be the last.
+            let limited = self.shared.limiter.is_active();
             if limited && let Some(wait) = self.shared.limiter.wait(Instant::now()) {
                 self.full = true;
                 if let Err(error) = self.timer.reset(wait, None) {
@@ -176,51 +182,68 @@ impl Server {
                 }
                 break;
             }
-            if self.mover.as_ref().is_some_and(|mover| !mover.has_room()) {
-                self.full = true;
+            let taken = self.pop(if limited { 1 } else { left });
+            if taken == 0 {
                 break;
             }
-            let Some(index) = self.unused_slot() else {
-                self.full = true;
-                break;
-            };
-            if !self.take_one(index) {
-                self.unused.push(index);
-                break;
-            }
-            taken = true;
-            if !self.stopped.is_empty() {
-                break;
-            }
+            left -= taken;
         }
-        taken
+        left < BATCH
     }
 
-    fn unused_slot(&mut self) -> Option<u16> {
-        let index = self.unused.pop();
-        if index.is_some() || self.slots.len() >= self.queue.size().into() {
-            return index;
-        }
-        self.slots.push(Slot::default());
-        u16::try_from(self.slots.len() - 1).ok()
-    }
-
-    /// Takes a request into a slot and begins it; false if there is none.
-    fn take_one(&mut self, index: u16) -> bool {
+    /// Takes up to `most` chains, and begins their requests. Gives how many there were.
+    fn pop(&mut self, most: usize) -> usize {
         let memory = self.memory();
-        let Some(slot) = self.slots.get_mut(usize::from(index)) else { return false };
-        if !self.queue.pop_into(memory, &mut slot.chain) {
-            return false;
+        let room = self.mover.as_ref().map_or(usize::MAX, Mover::room);
+        let mut bad: Option<(u16, Error)> = None;
+        let (slots, unused, popped) = (&mut self.slots, &mut self.unused, &mut self.popped);
+        let size = usize::from(self.queue.size());
+        // A driver can make the same chain available again before it has it back.
+        let most = most.min(room).min(unused.len() + size.saturating_sub(slots.len()));
+        self.full = most == 0;
+        if self.full {
+            return 0;
         }
+        self.queue.pop_each(memory, |chain| {
+            let head = chain.head_index();
+            let index = unused.pop().or_else(|| {
+                slots.push(Slot::default());
+                u16::try_from(slots.len() - 1).ok()
+            });
+            let Some(slot) = index.and_then(|index| slots.get_mut(usize::from(index))) else {
+                return ControlFlow::Break(());
+            };
+            popped.extend(index);
+            if let Err(error) = slot.chain.refill(memory, chain) {
+                bad = Some((head, error));
+                return ControlFlow::Break(());
+            }
+            if popped.len() < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        let mut popped = std::mem::take(&mut self.popped);
+        let count = popped.len();
+        if let Some((head, error)) = bad {
+            self.queue.refuse(head, &error);
+            self.unused.extend(popped.pop());
+        }
+        popped.drain(..).for_each(|index| self.take_in(index));
+        self.popped = popped;
+        count
+    }
+
+    /// Begins the request in a slot that a chain was put into.
+    fn take_in(&mut self, index: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(index)) else { return };
         let (image, readonly) = (&self.image, self.shared.options.readonly);
         let shape = || Shape { size: image.as_ref().map_or(0, |image| image.size()), readonly };
         match Request::take(&mut slot.chain, shape) {
             Ok((request, status)) => {
                 (slot.request, slot.status) = (request, Some(status));
-                if matches!(slot.request, Request::Read(_) | Request::Write(_)) {
+                let moves = matches!(slot.request, Request::Read(_) | Request::Write(_));
+                if moves && self.shared.limiter.is_active() {
                     self.shared.limiter.charge(slot.len(), Instant::now());
                 }
-                self.begin(index);
+                self.begin_in_turn(index);
             }
             Err(error) => {
                 tracing::debug!("a request to a disk has no header or no status: {error}");
@@ -228,7 +251,15 @@ impl Server {
                 self.unused.push(index);
             }
         }
-        true
+    }
+
+    /// Begins the request in a slot, unless others wait because of an error.
+    fn begin_in_turn(&mut self, index: u16) {
+        if self.stopped.is_empty() {
+            self.begin(index);
+        } else {
+            self.stopped.push(index);
+        }
     }
 
     /// Begins the request in a slot.
@@ -391,7 +422,7 @@ impl Server {
         }
         self.shared.go_on(self.queue.index());
         for index in std::mem::take(&mut self.stopped) {
-            self.begin(index);
+            self.begin_in_turn(index);
         }
     }
 

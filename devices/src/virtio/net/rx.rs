@@ -87,7 +87,7 @@ impl Window {
 
     /// Puts all chains back into the ring.
     fn put_back(&mut self, ring: &mut Ring) {
-        ring.undo(self.chains.len());
+        ring.undo(u16::try_from(self.chains.len()).unwrap_or_default());
         self.chains.clear();
         self.list.truncate(0);
         self.room = 0;
@@ -142,7 +142,7 @@ impl Receiver {
     pub fn new(ring: Ring, allowed: Offloads, mergeable: bool, usual: usize) -> Self {
         let window = Window { chains: VecDeque::new(), list: ring.list(), room: 0 };
         let longest = if allowed.large_frames() { MAX_FRAME } else { usual.min(MAX_FRAME) };
-        let used = Vec::with_capacity(ring.size());
+        let used = Vec::with_capacity(ring.size().into());
         Self {
             ring,
             window,
@@ -191,7 +191,7 @@ impl Receiver {
             }
         }
         self.ring.notify();
-        self.ring.kick();
+        self.ring.come_back();
     }
 
     /// Puts back the chains that nothing was received into.
@@ -259,7 +259,7 @@ impl Receiver {
             return Step::More(0);
         }
         if self.window.room < wanted {
-            if filled == Filled::Empty && self.window.chains.len() < self.ring.size() {
+            if filled == Filled::Empty && self.window.chains.len() < self.ring.size().into() {
                 return Step::NoRoom;
             }
             self.held = None;
@@ -286,7 +286,7 @@ impl Receiver {
         }
         let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
         self.window.first().copy_from(&header.bytes(count));
-        self.ring.give_back(&self.used);
+        self.ring.push_all(&self.used);
         self.window.consume(self.used.len());
         add(&counters.rx_frames, 1);
         add(&counters.rx_bytes, len);

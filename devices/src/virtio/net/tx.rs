@@ -43,7 +43,7 @@ impl Transmitter {
                 Pop::Chain(chain) => match self.send(chain, backend, counters) {
                     Sent::Done(len) => {
                         bytes += len;
-                        self.ring.give_back(&[(chain.head, 0)]);
+                        self.ring.push(chain.head, 0);
                     }
                     Sent::Full => {
                         self.ring.undo(1);
@@ -63,7 +63,7 @@ impl Transmitter {
             }
         }
         self.ring.notify();
-        self.ring.kick();
+        self.ring.come_back();
         false
     }
 
