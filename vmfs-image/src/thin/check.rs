@@ -658,6 +658,13 @@ fn commit(
     mut unused: Unused,
     what: Repaired,
 ) -> io::Result<u64> {
+    // Of the next superblock a power loss may have left a part, which a part of the one to be written could make whole.
+    let slot = PAGE * (1 + (superblock.generation + 1) % 2);
+    let mut other = [0; 4096];
+    storage.read_at(&mut other, slot)?;
+    if !sealed(&other) && !is_zero(&other[..512]) {
+        storage.write_at(&[0; 512], slot)?;
+    }
     // The superblock that counts may not be stable yet: what only the other one names is still needed until it is.
     storage.sync()?;
     let mut end = superblock.end;
@@ -698,7 +705,7 @@ fn commit(
         }
         let sum = crc32c::crc32c(&page[..4092]);
         page[4092..].copy_from_slice(&sum.to_le_bytes());
-        storage.write_at(&page, PAGE * (1 + (superblock.generation + 1) % 2))?;
+        storage.write_at(&page, slot)?;
         storage.sync()?;
     }
     for (offset, len) in pieces {

@@ -253,6 +253,23 @@ pub(super) fn read_super(storage: &dyn Storage, path: &Path) -> Result<(Header, 
     Ok((header, block))
 }
 
+/// Makes sure that what a power loss has left of the superblock behind the one that counts is never made whole by a part of
+/// the next one in its place: what it names will be used for other things. Stable with the next sync.
+fn wipe_torn(storage: &dyn Storage, path: &Path, header: &Header, block: &Superblock) -> Result<(), Error> {
+    let generation = block.generation.wrapping_add(1);
+    let offset = layout::super_offset(generation);
+    let page = read_page(storage, path, "superblocks", offset)?;
+    let sector = [0; SECTOR as usize];
+    if page.starts_with(&sector) || Superblock::decode(&page, header, generation % 2).is_ok() {
+        return Ok(());
+    }
+    storage.write_at(&sector, offset).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        what: "write to",
+        source,
+    })
+}
+
 /// Says how a backing differs from what is noted of it.
 fn compare(noted: &Backing, format: Format, found: Identity) -> Result<(), String> {
     let name = noted.path.display();
@@ -367,6 +384,9 @@ impl Thin {
         let mut file_len = storage.len().map_err(io("examine"))?;
         if file_len < end {
             return Err(wrong(path, format!("it has {file_len} bytes instead of {end}: it was cut off")));
+        }
+        if writable {
+            wipe_torn(&*storage, path, &header, &block)?;
         }
         let entries = layout::root_entries(block.size, bits);
         let count = usize::try_from(entries).map_err(|_| wrong(path, "its root is too large".to_owned()))?;
