@@ -489,6 +489,39 @@ impl Disk {
         }
     }
 
+    fn write(&mut self) {
+        let value = self.value();
+        let call = |thin: &Thin, offset, len| {
+            let bytes = value.to_le_bytes().repeat(usize::try_from(len / 4).unwrap());
+            super::super::try_write(thin, offset, &bytes)
+        };
+        self.change("write", value, call, true);
+    }
+
+    /// Gives up what a transfer in place lies in, and fills space anew before it ends.
+    fn pull_away(&mut self, index: usize) {
+        let Transfer { offset, len, event, .. } = self.in_flight[index];
+        let sectors = self.events[event].sectors.clone();
+        let cluster = 1 << self.kind.cluster_bits;
+        let (from, to) =
+            (offset / cluster * cluster, (offset + len).next_multiple_of(cluster).min(self.size));
+        self.make_way(from, to - from);
+        self.trace.push(format!("{}: discard {from:#x} to {to:#x}", self.recorder.position()));
+        let before = usize::try_from((offset - from) / 512).unwrap();
+        let first = sectors.start - before;
+        let sectors = first..first + usize::try_from((to - from) / 512).unwrap();
+        self.event(0, sectors.clone());
+        let result = self.thin().discard(from, to - from);
+        self.went_well(result);
+        self.look(sectors, None);
+        for _ in 0..4 {
+            self.step += 1;
+            self.settle("flush", |thin| thin.flush());
+            self.step += 1;
+            self.write();
+        }
+    }
+
     fn located(&mut self) {
         let (offset, len, sectors) = self.range();
         self.make_way(offset, len);
@@ -566,7 +599,7 @@ impl Disk {
     fn close(&mut self) {
         self.end_all();
         let mut log = self.recorder.log();
-        (log.sync_fails, log.write_fails) = (false, None);
+        (log.sync_fails, log.write_fails) = (None, None);
         drop(log);
         self.trace.push(format!("{}: close", self.recorder.position()));
         self.thin = None;
@@ -602,13 +635,20 @@ impl Disk {
 
     fn fail(&mut self) {
         let mut log = self.recorder.log();
-        if self.random.one_in(2) {
-            log.sync_fails = true;
-        } else {
+        if self.random.one_in(3) {
             log.write_fails = Some(self.random.below(12) * 1024);
+        } else {
+            log.sync_fails = Some(self.random.below(3));
         }
+        let what = (log.write_fails, log.sync_fails);
         drop(log);
-        self.trace.push(format!("{}: the next write or sync is to fail", self.recorder.position()));
+        self.trace.push(format!("{}: a write or sync is to fail: {what:?}", self.recorder.position()));
+        for _ in 0..self.random.below(4) {
+            self.write();
+            self.step += 1;
+            self.settle("flush", |thin| thin.flush());
+            self.step += 1;
+        }
     }
 
     /// Uses it for some time.
@@ -621,21 +661,14 @@ impl Disk {
         for _ in 0..steps {
             self.step += 1;
             match self.random.below(32) {
-                0..7 => {
-                    let value = self.value();
-                    self.change(
-                        "write",
-                        value,
-                        |thin, offset, len| {
-                            let bytes = value.to_le_bytes().repeat(usize::try_from(len / 4).unwrap());
-                            super::super::try_write(thin, offset, &bytes)
-                        },
-                        true,
-                    );
-                }
+                0..7 => self.write(),
                 7..14 => self.located(),
                 14..17 if !self.in_flight.is_empty() => {
                     let (index, ok) = (self.random.below(self.in_flight.len()), !self.random.one_in(4));
+                    if self.random.one_in(2) {
+                        self.pull_away(index);
+                        continue;
+                    }
                     self.trace.push(format!("{}: end {index}, {ok}", self.recorder.position()));
                     self.end(index, ok);
                 }

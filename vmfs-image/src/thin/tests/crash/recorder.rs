@@ -73,8 +73,8 @@ impl Op {
 #[derive(Debug, Default)]
 pub(super) struct Log {
     pub(super) ops: Vec<Op>,
-    /// The next sync fails: what was to be made stable may be so or not.
-    pub(super) sync_fails: bool,
+    /// After so many more, a sync fails: what was to be made stable may be so or not.
+    pub(super) sync_fails: Option<usize>,
     /// The next write fails, and writes this many bytes.
     pub(super) write_fails: Option<usize>,
 }
@@ -154,7 +154,9 @@ impl Storage for Recorder {
             return Ok(());
         }
         let mut log = self.log();
-        if std::mem::take(&mut log.sync_fails) {
+        let was_armed = log.sync_fails.is_some();
+        log.sync_fails = log.sync_fails.and_then(|more| more.checked_sub(1));
+        if was_armed && log.sync_fails.is_none() {
             return Err(io::Error::other("the sync was to fail"));
         }
         log.ops.push(Op::Sync);
