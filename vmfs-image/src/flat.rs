@@ -476,7 +476,7 @@ fn is_aligned(alignment: Alignment, offset: u64, pieces: &[VolatileSlice<'_>]) -
 
 /// Memory aligned for direct I/O.
 #[derive(Debug)]
-struct Aligned {
+pub(crate) struct Aligned {
     memory: Vec<u8>,
 }
 
@@ -484,12 +484,12 @@ impl Aligned {
     /// Enough for every device: `alignment` of `open` refuses more.
     const ALIGN: usize = 1 << 16;
 
-    fn new(len: u64) -> io::Result<Self> {
+    pub(crate) fn new(len: u64) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(io::Error::other)?;
         Ok(Self { memory: vec![0; len + Self::ALIGN] })
     }
 
-    fn bytes(&mut self, len: usize) -> io::Result<&mut [u8]> {
+    pub(crate) fn bytes(&mut self, len: usize) -> io::Result<&mut [u8]> {
         let skip = self.memory.as_ptr().align_offset(Self::ALIGN);
         let bytes = self.memory.get_mut(skip..).and_then(|bytes| bytes.get_mut(..len));
         bytes.ok_or_else(|| io::ErrorKind::InvalidInput.into())

@@ -242,6 +242,8 @@ pub enum Format {
     Qcow2,
     /// VMware's.
     Vmdk,
+    /// Microsoft's, which is only recognised.
+    Vhdx,
 }
 
 impl Format {
@@ -253,6 +255,7 @@ impl Format {
             Self::Thin => "thin",
             Self::Qcow2 => "qcow2",
             Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
         }
     }
 }
@@ -267,7 +270,7 @@ impl std::str::FromStr for Format {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Self::Flat, Self::Thin, Self::Qcow2, Self::Vmdk]
+        [Self::Flat, Self::Thin, Self::Qcow2, Self::Vmdk, Self::Vhdx]
             .into_iter()
             .find(|format| format.as_str() == text)
             .ok_or_else(|| "has to be one of \"flat\", \"thin\", \"qcow2\", \"vmdk\"".to_owned())

@@ -11,6 +11,7 @@
 pub mod clone;
 pub mod dedupe;
 pub mod flat;
+pub mod foreign;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 pub mod image;

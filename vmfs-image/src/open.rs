@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::flat::Flat;
+use crate::foreign::Foreign;
 use crate::image::{Error, Format, Image, MAX_DEPTH};
 use crate::lock::{Lock, Mode, OfdLock};
 use crate::overlay;
@@ -98,10 +99,7 @@ fn open_one(path: &Path, format: Format, options: &OpenOptions) -> Result<Arc<dy
     match format {
         Format::Flat => Ok(Arc::new(Flat::open(path, options)?)),
         Format::Thin => Ok(Arc::new(Thin::open(path, options, None)?)),
-        format => {
-            let what = format!("images of format {format}");
-            Err(Error::Unsupported { path: path.to_owned(), what })
-        }
+        format => Ok(Arc::new(Foreign::open(path, format, options)?)),
     }
 }
 
@@ -156,12 +154,13 @@ fn open_chain(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Image>, Erro
 }
 
 /// What a file begins with that is not flat.
-const MAGIC: [(&[u8], Format); 5] = [
+const MAGIC: [(&[u8], Format); 6] = [
     (b"VMM-THIN", Format::Thin),
     (b"QFI\xfb", Format::Qcow2),
     (b"KDMV", Format::Vmdk),
     (b"COWD", Format::Vmdk),
     (b"# Disk DescriptorFile", Format::Vmdk),
+    (b"vhdxfile", Format::Vhdx),
 ];
 
 /// How many bytes of an image tell its kind.

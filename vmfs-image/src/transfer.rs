@@ -82,23 +82,58 @@ fn copy_out(piece: &VolatileSlice<'_>, bytes: &[u8]) -> usize {
     len
 }
 
-fn transfer(file: &File, mut offset: u64, pieces: &[VolatileSlice<'_>], call: Call) -> io::Result<()> {
+fn transfer(file: &File, offset: u64, pieces: &[VolatileSlice<'_>], call: Call) -> io::Result<()> {
     // Pointers stay valid: the guards only keep what they were made from mapped, and that outlives this call.
-    let mut pieces: Vec<_> = pieces
+    let vectors: Vec<_> = pieces
         .iter()
         .map(|piece| libc::iovec { iov_base: piece.ptr_guard_mut().as_ptr().cast(), iov_len: piece.len() })
-        .filter(|piece| piece.iov_len > 0)
         .collect();
+    // SAFETY: the pieces lie in memory that the caller's slices borrow; that somebody else (a guest) may change it meanwhile
+    // is as with memory that a device of hardware reads or writes.
+    let moved = unsafe { vectored(file, offset, vectors, call) }?;
+    // The file is shorter than it was: nothing is there.
+    if moved < total(pieces) { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+}
+
+/// Fills pieces of memory from `offset` of `file`, and gives how many bytes there were before its end.
+///
+/// # Safety
+///
+/// The pieces are memory that may be written to, for as long as the call takes.
+pub(crate) unsafe fn read_vectors(file: &File, offset: u64, into: Vec<libc::iovec>) -> io::Result<u64> {
+    // SAFETY: that is what the caller promises.
+    unsafe { vectored(file, offset, into, libc::preadv64) }
+}
+
+/// Writes pieces of memory to `offset` of `file`.
+///
+/// # Safety
+///
+/// The pieces are memory that may be read, for as long as the call takes.
+pub(crate) unsafe fn write_vectors(file: &File, offset: u64, from: Vec<libc::iovec>) -> io::Result<()> {
+    let len: usize = from.iter().map(|piece| piece.iov_len).sum();
+    // SAFETY: that is what the caller promises.
+    let written = unsafe { vectored(file, offset, from, libc::pwritev64) }?;
+    if written < len as u64 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(()) }
+}
+
+/// Moves all pieces, or up to the end of the file, and gives how many bytes that were.
+///
+/// # Safety
+///
+/// The pieces are memory that `call` may use, for as long as this takes.
+unsafe fn vectored(file: &File, offset: u64, mut pieces: Vec<libc::iovec>, call: Call) -> io::Result<u64> {
+    pieces.retain(|piece| piece.iov_len > 0);
     let mut rest = &mut pieces[..];
+    let mut moved = 0;
     while !rest.is_empty() {
         let count = libc::c_int::try_from(rest.len().min(MOST_PIECES)).map_err(io::Error::other)?;
-        let at = libc::off64_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: the pieces lie in memory that the caller's slices borrow; that somebody else (a guest) may change
-        // it meanwhile is as with memory that a device of hardware reads or writes.
+        let at = offset.checked_add(moved).and_then(|at| libc::off64_t::try_from(at).ok());
+        let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: that is what the caller promises.
         let done = unsafe { call(file.as_raw_fd(), rest.as_ptr(), count, at) };
         let mut done = match usize::try_from(done) {
-            // The file is shorter than it was: nothing is there.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => break,
             Ok(done) => done,
             Err(_) => {
                 let error = io::Error::last_os_error();
@@ -108,7 +143,7 @@ fn transfer(file: &File, mut offset: u64, pieces: &[VolatileSlice<'_>], call: Ca
                 return Err(error);
             }
         };
-        offset += done as u64;
+        moved += done as u64;
         while let Some(first) = rest.first_mut() {
             if done < first.iov_len {
                 first.iov_base = first.iov_base.wrapping_byte_add(done);
@@ -119,7 +154,7 @@ fn transfer(file: &File, mut offset: u64, pieces: &[VolatileSlice<'_>], call: Ca
             rest = &mut rest[1..];
         }
     }
-    Ok(())
+    Ok(moved)
 }
 
 #[cfg(test)]

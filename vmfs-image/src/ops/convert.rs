@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::{CopyOptions, Progress, copy_with};
 use crate::flat::{self, Preallocate};
+use crate::foreign;
 use crate::image::{Error, Format, Image};
 use crate::lock::{Mode, OfdLock};
 use crate::open::{OpenOptions, open};
@@ -49,12 +50,8 @@ pub fn convert(
     match options.format {
         Format::Flat => flat::create(&unfinished.0, src.size(), options.preallocate)?,
         Format::Thin => thin::create(&unfinished.0, &thin::Create::new(src.size()))?,
-        format => {
-            return Err(Error::Unsupported {
-                path: path.to_owned(),
-                what: format!("new images of format {format}"),
-            });
-        }
+        Format::Qcow2 => foreign::create(&unfinished.0, src.size(), foreign::CLUSTER)?,
+        format => return Err(foreign::not_made(path, format)),
     }
     let to = OpenOptions { writable: true, format: Some(options.format), ..OpenOptions::default() };
     let dst = open(&unfinished.0, &to)?;

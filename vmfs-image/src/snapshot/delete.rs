@@ -125,7 +125,7 @@ fn is_down_cheaper(path: &Path, target: &Path, format: Format) -> Result<bool, E
         Format::Flat => Ok(true),
         Format::Thin => Ok(allocated(path)? <= allocated(target)?),
         // Perhaps it cannot be written to.
-        Format::Qcow2 | Format::Vmdk => Ok(false),
+        Format::Qcow2 | Format::Vmdk | Format::Vhdx => Ok(false),
     }
 }
 

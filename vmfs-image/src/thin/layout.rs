@@ -288,6 +288,7 @@ fn format_code(format: Format) -> u16 {
         Format::Thin => 2,
         Format::Qcow2 => 3,
         Format::Vmdk => 4,
+        Format::Vhdx => 5,
     }
 }
 
@@ -434,12 +435,13 @@ fn decode_backing(page: &[u8; PAGE]) -> Result<Option<Backing>, Bad> {
         2 => Format::Thin,
         3 => Format::Qcow2,
         4 => Format::Vmdk,
+        5 => Format::Vhdx,
         _ => {
             return Err(Bad::Field {
                 what: WHAT,
                 field: "the kind of the backing",
                 value: code.into(),
-                right: "0 to 4",
+                right: "0 to 5",
             });
         }
     };

@@ -6,7 +6,7 @@ use vmfs_image::flat::{self, Preallocate};
 use vmfs_image::image::SECTOR;
 use vmfs_image::ops::{self, ConvertOptions};
 use vmfs_image::redo::{self, Mode};
-use vmfs_image::{Error, Format, OpenOptions, clone as cloning, snapshot, thin};
+use vmfs_image::{Error, Format, OpenOptions, clone as cloning, foreign, snapshot, thin};
 
 use super::super::Failure;
 use super::progress::Progress;
@@ -80,9 +80,16 @@ fn new_image(path: &Path, wanted: &Wanted) -> Result<(), Error> {
             let backing = Some((below.path, below.format, below.identity));
             thin::create(path, &thin::Create { size, backing, ..new })
         }
-        format => {
-            Err(Error::Unsupported { path: path.to_owned(), what: format!("new images of format {format}") })
+        Format::Qcow2 if max_size.is_some() || backing.is_some() || preallocate => invalid(
+            path,
+            "a qcow2 image gets no max-size, backing or --preallocate here; a thin image has the first two, and can lie on \
+             a qcow2 image",
+        ),
+        Format::Qcow2 => {
+            let cluster = cluster_bits.map_or(foreign::CLUSTER, |bits| 1 << bits);
+            foreign::create(path, size.unwrap_or(0), cluster)
         }
+        format => Err(foreign::not_made(path, format)),
     }
 }
 
@@ -119,7 +126,11 @@ pub fn clone(
             remove(&hidden)?;
             return cloning::linked(&base, path);
         }
-        let format = vmfs_image::probe(&base)?;
+        // A clone of what is only read is one that can be written to.
+        let format = match vmfs_image::probe(&base)? {
+            Format::Vmdk => Format::Thin,
+            format => format,
+        };
         cloning::full(&base, path, format, &mut |done, total| progress.report(done, total))
     };
     replace::make(path, force, Some(&base), &mut make).map_err(failure)?;
