@@ -153,6 +153,25 @@ pub fn not_made(path: &Path, format: Format) -> Error {
     Error::Unsupported { path: path.to_owned(), what }
 }
 
+/// Size as a disk in bytes of an image at `path` that somebody else may have, and what it names as its backing.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn peek(path: &Path, format: Format) -> Result<(u64, Option<PathBuf>), Error> {
+    let opened = Opened::without_lock(path, false)?;
+    let plain = plain(path, &opened, &OpenOptions::default())?;
+    let peeked = match format {
+        Format::Qcow2 => qcow2::Header::read(&plain, opened.len).map(|header| {
+            (whole_sectors(path, header.size), header.backing.map(|named| PathBuf::from(named.0)))
+        }),
+        Format::Vmdk => descriptor(&plain, opened.len)
+            .map(|found| (found.extents.iter().map(|extent| extent.len).sum(), None)),
+        _ => Err(Bad::Unsupported(format!("images of format {format}"))),
+    };
+    peeked.map_err(refuse(path, format))
+}
+
 impl Foreign {
     /// Opens and locks the image at `path`, which is of `format`, and what it lies on.
     ///
@@ -253,18 +272,7 @@ impl Foreign {
     fn vmdk(plain: Plain, len: u64, lock: Box<dyn Lock>, options: &OpenOptions) -> Result<Self, Error> {
         let path = plain.path.clone();
         let refused = refuse(&path, Format::Vmdk);
-        let start = plain.bytes(0, usize::try_from(len.min(vmdk::MAX_LEN)).unwrap_or_default());
-        let descriptor = start
-            .map_err(Bad::from)
-            .and_then(|bytes| vmdk::Descriptor::parse(&bytes))
-            .and_then(|found| match len > vmdk::MAX_LEN {
-                true => Err(Bad::Corrupt(format!(
-                    "its descriptor has {len} bytes, and {} is the most",
-                    vmdk::MAX_LEN
-                ))),
-                false => Ok(found),
-            })
-            .map_err(&refused)?;
+        let descriptor = descriptor(&plain, len).map_err(&refused)?;
         let mut files = vec![Arc::clone(&plain.file)];
         let mut locks = vec![lock];
         let mut extents = Vec::new();
@@ -349,6 +357,8 @@ impl Foreign {
         if self.no_holes.load(Ordering::Relaxed) {
             return;
         }
+        #[cfg(test)]
+        tests::record(|| tests::Step::Zero(offset, len));
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let punched = flat::allocate(&self.plain.file, mode, offset, len);
         if punched.is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP)) {
@@ -409,12 +419,39 @@ impl Foreign {
         let mut at = offset;
         while at < end {
             let run = inner.run(at, end - at)?;
-            match run.kind {
-                RunKind::Data => todo(at, run.len, false)?,
-                RunKind::Absent if self.backing.is_some() => todo(at, run.len, true)?,
-                RunKind::Zero | RunKind::Absent => {}
+            let is_below = match run.kind {
+                RunKind::Data => Some(false),
+                RunKind::Absent if self.backing.is_some() => Some(true),
+                RunKind::Zero | RunKind::Absent => None,
+            };
+            if let Some(is_below) = is_below {
+                self.by_tables(inner, at, run.len, |at, len| todo(at, len, is_below))?;
             }
             at += run.len;
+        }
+        Ok(())
+    }
+
+    /// Does something with each piece of a range that one L2 table is for. Whatever it frees, no new table is put there before
+    /// that is in the file.
+    fn by_tables(
+        &self,
+        inner: &Inner,
+        offset: u64,
+        len: u64,
+        mut todo: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let Some(order) = &inner.order else { return Err(io::ErrorKind::PermissionDenied.into()) };
+        let covered = order.covered();
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let next = end.min(at - at % covered + covered);
+            if order.needs_table(&self.plain, at)? {
+                inner.image.flush()?;
+            }
+            todo(at, next - at)?;
+            at = next;
         }
         Ok(())
     }
@@ -590,7 +627,13 @@ impl Image for Foreign {
             return Ok(());
         }
         let (vector, _mapped) = IoVector::from_volatile_slice(from);
-        self.changing().image.writev(vector, offset)
+        let inner = self.changing();
+        let mut rest = Some(vector);
+        self.by_tables(&inner, offset, transfer::total(from), |at, len| {
+            let (now, later) = rest.take().unwrap_or_default().split_at(len);
+            rest = Some(later);
+            inner.image.writev(now, at)
+        })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
@@ -659,6 +702,8 @@ impl Image for Foreign {
         }
         // What follows the end in its last cluster belongs to nobody, and need not be zero.
         let tail = old.next_multiple_of(self.about.cluster.unwrap_or(SECTOR)).min(size);
+        // As in `by_tables`: the L1 table may have to become larger.
+        inner.image.flush()?;
         inner.image.resize_grow(size, PreallocateMode::None)?;
         self.for_each_used(&inner, old, tail - old, |at, len, _| self.zero_partly(&inner, at, len))?;
         inner.image.flush()?;
@@ -724,6 +769,17 @@ fn plain(path: &Path, opened: &Opened, options: &OpenOptions) -> Result<Plain, E
     })
 }
 
+/// The descriptor in a file of `len` bytes.
+fn descriptor(plain: &Plain, len: u64) -> Result<vmdk::Descriptor, Bad> {
+    let start = plain.bytes(0, usize::try_from(len.min(vmdk::MAX_LEN)).unwrap_or_default())?;
+    let found = vmdk::Descriptor::parse(&start)?;
+    if len > vmdk::MAX_LEN {
+        let what = format!("its descriptor has {len} bytes, and {} is the most", vmdk::MAX_LEN);
+        return Err(Bad::Corrupt(what));
+    }
+    Ok(found)
+}
+
 /// Hands a qcow2 image to the library.
 fn load(plain: &Plain, backing: Option<&Arc<dyn Image>>, writable: bool) -> Result<Inner, Error> {
     let refused = refuse(&plain.path, Format::Qcow2);
@@ -737,8 +793,8 @@ fn load(plain: &Plain, backing: Option<&Arc<dyn Image>>, writable: bool) -> Resu
         let len = len.map_err(|error| refused(error.into()))?;
         // Anew: since it was looked at, it was locked as what is read is.
         let layout = qcow2::Header::read(&plain, len).map_err(&refused)?.layout;
-        let blocks = qcow2::check_tables(&plain, &layout, len).map_err(&refused)?;
-        plain.order = Some(Arc::new(Order::new(layout, blocks)));
+        let tables = qcow2::check_tables(&plain, &layout, len).map_err(&refused)?;
+        plain.order = Some(Arc::new(Order::new(layout, tables)));
     }
     let order = plain.order.clone();
     let below = match backing {
@@ -748,12 +804,20 @@ fn load(plain: &Plain, backing: Option<&Arc<dyn Image>>, writable: bool) -> Resu
             Some(FormatAccess::new(raw.map_err(|error| refused(error.into()))?))
         }
     };
+    let file = Arc::clone(&plain.file);
+    let changed = || file.metadata().and_then(|about| about.modified());
+    let before = changed().map_err(|error| refused(error.into()))?;
     let image = imago::qcow2::Qcow2::<Disk>::builder(Disk::file(plain))
         .write(writable)
         .data_file(None)
         .backing(below)
         .open(DenyImplicitOpenGate::default())
         .map_err(|error| refused(error.into()))?;
+    // Features that it does not keep up to date are taken out of the header, which changes nothing of what the disk is; what
+    // lies on the image need not notice.
+    if changed().is_ok_and(|now| now != before) {
+        file.set_modified(before).map_err(|error| refused(error.into()))?;
+    }
     Ok(Inner { image: FormatAccess::new(image), writable, order })
 }
 

@@ -62,6 +62,8 @@ impl Plain {
 
     /// Changes bytes of the file; nobody else may do so to those around them meanwhile.
     pub(super) fn set_bytes(&self, offset: u64, new: &[u8]) -> io::Result<()> {
+        #[cfg(test)]
+        super::tests::record(|| super::tests::Step::Write(offset, new.to_vec()));
         let Some(direct) = self.direct else { return self.file.write_all_at(new, offset) };
         let block = u64::from(direct.file);
         let from = offset - offset % block;
@@ -76,6 +78,8 @@ impl Plain {
 
     /// What was written is stable.
     pub(super) fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        super::tests::record(|| super::tests::Step::Sync);
         if self.syncs { self.file.sync_data() } else { Ok(()) }
     }
 
@@ -205,6 +209,12 @@ impl Storage for Disk {
         // SAFETY: the vectors are those of the buffers, which live as long as `bufv`.
         let vectors = unsafe { bufv.as_iovec() }.to_vec();
         let write = || {
+            #[cfg(test)]
+            super::tests::record(|| {
+                let mut bytes = vec![0; usize::try_from(bufv.len()).unwrap()];
+                bufv.copy_into_slice(&mut bytes);
+                super::tests::Step::Write(offset, bytes)
+            });
             // SAFETY: the buffers may be read: `bufv` borrows them.
             unsafe { transfer::write_vectors(&plain.file, offset, vectors) }
         };
@@ -218,6 +228,8 @@ impl Storage for Disk {
         let Some(plain) = self.plain() else { return Err(io::ErrorKind::PermissionDenied.into()) };
         let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
         let zero = || {
+            #[cfg(test)]
+            super::tests::record(|| super::tests::Step::Zero(offset, length));
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             // The library writes zeroes where this cannot be done.
             flat::allocate(&plain.file, mode, offset, length)

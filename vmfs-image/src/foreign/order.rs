@@ -4,18 +4,21 @@
 //!
 //! * it enters new L2 tables and refcount blocks at once into the tables above, whose own refcounts are still in memory:
 //!   after the end of the process the next one would take their clusters for free, and write into them;
+//! * for such a table it takes a cluster that has just been freed, while the table that points to it is still in memory;
 //! * it does not wait for the storage in between, which may take writes in any order until it is flushed.
 //!
-//! So every write passes here. What a table newly points to gets its refcount in the file first. And there are three kinds
-//! of writes, before each of which what it relies on is made stable:
+//! So before a new L2 table is needed what is in memory is written ([`Order::needs_table`]), and every write passes here. What
+//! a table newly points to gets its refcount in the file first. And there are four kinds of writes, before each of which
+//! what it relies on is made stable:
 //!
 //! | write | relies on |
 //! | --- | --- |
 //! | header, L1 table, refcount table | everything: what they point to |
-//! | refcount blocks | everything else: nothing may point to a cluster that becomes free |
-//! | anything else (L2 tables, data) | refcount blocks |
+//! | refcount blocks | tables: nothing may point to a cluster that becomes free |
+//! | L2 tables | refcount blocks, and the data that they point to |
+//! | data, new tables | tables: what was in a cluster before must not be looked for there any more |
 //!
-//! Only after data alone nothing is waited for, which is nearly always.
+//! While there is space for what is written, it is all data, and nothing is waited for.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,7 +28,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use imago::io_buffers::IoVector;
 
 use super::disk::Plain;
-use super::qcow2::Layout;
+use super::qcow2::{Layout, Tables};
 
 /// See the module.
 #[derive(Debug)]
@@ -36,10 +39,25 @@ struct State {
     layout: Layout,
     /// Where refcount blocks are.
     blocks: BTreeSet<u64>,
-    /// Refcount blocks were written, and are not stable.
+    /// Where L2 tables are.
+    l2: BTreeSet<u64>,
+    /// What was written, and is not stable.
+    late: Late,
+}
+
+/// Kinds of writes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Late {
     counts: bool,
-    /// Other things were written, and are not stable.
-    others: bool,
+    /// L2 tables, and what is above them.
+    tables: bool,
+    data: bool,
+}
+
+impl Late {
+    fn any(self) -> bool {
+        self.counts || self.tables || self.data
+    }
 }
 
 /// Bits of an entry of the L1 table that are an offset.
@@ -48,8 +66,25 @@ const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const BLOCK_OFFSET: u64 = !0x1ff;
 
 impl Order {
-    pub(super) fn new(layout: Layout, blocks: BTreeSet<u64>) -> Self {
-        Self(Mutex::new(State { layout, blocks, counts: false, others: false }))
+    pub(super) fn new(layout: Layout, tables: Tables) -> Self {
+        let Tables { blocks, l2 } = tables;
+        Self(Mutex::new(State { layout, blocks, l2, late: Late::default() }))
+    }
+
+    /// Whether a new L2 table is needed to give space to what is at `offset` of the disk.
+    pub(super) fn needs_table(&self, plain: &Plain, offset: u64) -> io::Result<bool> {
+        let state = self.lock();
+        let at = state.layout.l1.start + 8 * (offset / state.layout.covered());
+        if at >= state.layout.l1.end {
+            return Ok(true);
+        }
+        // Without the highest bit it is somebody else's too.
+        Ok(plain.bytes(at, 8)?.first().is_none_or(|byte| byte & 0x80 == 0))
+    }
+
+    /// How much of the disk an L2 table is for, in bytes.
+    pub(super) fn covered(&self) -> u64 {
+        self.lock().layout.covered()
     }
 
     /// Writes `from` to `offset` by `write`.
@@ -85,14 +120,10 @@ impl Order {
     /// Everything has been made stable.
     pub(super) fn synced(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         // Before, since others may write meanwhile.
-        let before = {
-            let mut state = self.lock();
-            std::mem::take(&mut state.counts) | std::mem::take(&mut state.others)
-        };
+        let before = std::mem::take(&mut self.lock().late);
         let done = sync();
-        if done.is_err() && before {
-            let mut state = self.lock();
-            (state.counts, state.others) = (true, true);
+        if done.is_err() && before.any() {
+            self.lock().late = Late { counts: true, tables: true, data: true };
         }
         done
     }
@@ -110,22 +141,24 @@ impl Order {
             state.take_header(plain, bytes)?;
         }
         let (l1, table) = (state.layout.l1.clone(), state.layout.table.clone());
-        for l2 in new_entries(plain, &l1, offset, bytes, L2_OFFSET)?.into_iter().map(|entry| entry.1) {
+        for (_, old, l2) in new_entries(plain, &l1, offset, bytes, L2_OFFSET)? {
             state.count(plain, l2)?;
+            state.l2.remove(&old);
+            state.l2.insert(l2);
         }
-        for (index, block) in new_entries(plain, &table, offset, bytes, BLOCK_OFFSET)? {
+        for (index, _, block) in new_entries(plain, &table, offset, bytes, BLOCK_OFFSET)? {
             // One that counts itself has been written with that.
             if state.layout.block_of(block) != index {
                 state.count(plain, block)?;
             }
             state.blocks.insert(block);
         }
-        if state.counts || state.others {
+        if state.late.any() {
             plain.sync()?;
-            (state.counts, state.others) = (false, false);
+            state.late = Late::default();
         }
         write()?;
-        state.others = true;
+        state.late.tables = true;
         Ok(())
     }
 
@@ -141,13 +174,23 @@ fn write_below(
     range: &Range<u64>,
     write: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<()> {
-    let are_counts = state.blocks.range(range.clone()).next().is_some();
-    if if are_counts { state.others } else { state.counts } {
+    let State { blocks, l2, late, .. } = &mut *state;
+    let is_among = |places: &BTreeSet<u64>| places.range(range.clone()).next().is_some();
+    let (relies, kind) = if is_among(blocks) {
+        (late.tables, Late { counts: true, ..Late::default() })
+    } else if is_among(l2) {
+        (late.counts || late.data, Late { tables: true, ..Late::default() })
+    } else {
+        (late.tables, Late { data: true, ..Late::default() })
+    };
+    if relies {
         plain.sync()?;
-        (state.counts, state.others) = (false, false);
+        *late = Late::default();
     }
     // Before it is done, since a flush may come in between.
-    *if are_counts { &mut state.counts } else { &mut state.others } = true;
+    late.counts |= kind.counts;
+    late.tables |= kind.tables;
+    late.data |= kind.data;
     drop(state);
     write()
 }
@@ -184,7 +227,7 @@ impl State {
         if place.get(&bytes) == 0 {
             place.set_one(&mut bytes);
             plain.set_bytes(block + place.byte, &bytes)?;
-            self.counts = true;
+            self.late.counts = true;
         }
         Ok(())
     }
@@ -200,14 +243,15 @@ fn read_entries(plain: &Plain, table: &Range<u64>) -> io::Result<Vec<u64>> {
     Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect())
 }
 
-/// Those entries of a table, by index, that `bytes`, about to be written to `offset`, make point somewhere else.
+/// Those entries of a table that `bytes`, about to be written to `offset`, make point somewhere else: index, from where, and
+/// where to.
 fn new_entries(
     plain: &Plain,
     table: &Range<u64>,
     offset: u64,
     bytes: &[u8],
     mask: u64,
-) -> io::Result<Vec<(u64, u64)>> {
+) -> io::Result<Vec<(u64, u64, u64)>> {
     let from = offset.max(table.start);
     let to = (offset + bytes.len() as u64).min(table.end);
     if from >= to {
@@ -221,6 +265,5 @@ fn new_entries(
         .zip((from - table.start) / 8..)
         .map(|((old, new), index)| (index, u64::from_be_bytes(*old) & mask, u64::from_be_bytes(*new) & mask))
         .filter(|(_, old, new)| new != old && *new != 0)
-        .map(|(index, _, new)| (index, new))
         .collect())
 }

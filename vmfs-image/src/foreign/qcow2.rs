@@ -113,6 +113,11 @@ impl Layout {
         })
     }
 
+    /// How much of the disk an L2 table is for, in bytes.
+    pub(super) fn covered(&self) -> u64 {
+        1 << (2 * self.cluster_bits - 3)
+    }
+
     /// How many clusters a refcount block counts, as a power of two.
     fn block_bits(&self) -> u32 {
         self.cluster_bits + 3 - self.refcount_order
@@ -320,10 +325,18 @@ impl Extensions {
     }
 }
 
+/// Where tables are that others point to.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    /// Refcount blocks.
+    pub(super) blocks: BTreeSet<u64>,
+    /// L2 tables.
+    pub(super) l2: BTreeSet<u64>,
+}
+
 /// Examines what an image that is to be written to has of tables, so that nothing new is ever written over them: each L2
-/// table and refcount block is in the file of `len` bytes, at a place of its own, and counted as used. Gives where the
-/// refcount blocks are.
-pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<BTreeSet<u64>, Bad> {
+/// table and refcount block is in the file of `len` bytes, at a place of its own, and counted as used.
+pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<Tables, Bad> {
     let cluster = layout.cluster();
     let entries = |range: &Range<u64>| -> Result<Vec<u64>, Bad> {
         let bytes = plain.bytes(range.start, usize::try_from(range.end - range.start).unwrap_or_default())?;
@@ -334,7 +347,7 @@ pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<B
     all.extend((layout.table.start..layout.table.end).step_by(usize::try_from(cluster).unwrap_or(512)));
     all.extend((layout.l1.start..layout.l1.end).step_by(usize::try_from(cluster).unwrap_or(512)));
     let table = entries(&layout.table)?;
-    let mut blocks = BTreeSet::new();
+    let mut found = Tables::default();
     // One cluster more than there is may be counted: it was given, and not written yet, when a crash came.
     let last = layout.block_of(end);
     for (index, block) in (0_u64..).zip(&table).filter(|entry| *entry.1 != 0) {
@@ -348,7 +361,7 @@ pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<B
                 "its refcount block {index} counts what is not in its file of {len} bytes"
             ));
         }
-        blocks.insert(*block);
+        found.blocks.insert(*block);
         all.push(*block);
     }
     for (index, entry) in entries(&layout.l1)?.into_iter().enumerate() {
@@ -359,6 +372,7 @@ pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<B
             ));
         }
         if l2 != 0 {
+            found.l2.insert(l2);
             all.push(l2);
         }
     }
@@ -382,5 +396,5 @@ pub(super) fn check_tables(plain: &Plain, layout: &Layout, len: u64) -> Result<B
             ));
         }
     }
-    Ok(blocks)
+    Ok(found)
 }

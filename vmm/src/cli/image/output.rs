@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use vmfs_image::snapshot::{Snapshot, Tree};
-use vmfs_image::{Error, Image, Info, OpenOptions, clone, redo, snapshot, thin};
+use vmfs_image::{Error, Format, Image, Info, OpenOptions, clone, redo, snapshot, thin};
 
 use super::super::{Failure, print_json};
 use crate::config::show_size;
@@ -106,9 +106,11 @@ fn in_use(path: &Path, holder: String) -> Result<Vec<Shown>, Error> {
     let failed = |source| Error::Io { path: path.to_owned(), what: "examine", source };
     let about = std::fs::metadata(path).map_err(failed)?;
     let format = vmfs_image::probe(path)?;
-    let is_thin = format == vmfs_image::Format::Thin;
-    let size = if is_thin { thin::peek_size(path)? } else { about.len() };
-    let noted = if is_thin { thin::peek_backing(path)? } else { None };
+    let (size, backing) = match format {
+        Format::Flat => (about.len(), None),
+        Format::Thin => (thin::peek_size(path)?, thin::peek_backing(path)?.map(|noted| noted.path)),
+        format => vmfs_image::foreign::peek(path, format)?,
+    };
     let info = Info {
         path: path.to_owned(),
         format,
@@ -116,7 +118,7 @@ fn in_use(path: &Path, holder: String) -> Result<Vec<Shown>, Error> {
         allocated: about.blocks().saturating_mul(512),
         cluster_size: None,
         max_size: None,
-        backing: noted.map(|noted| noted.path),
+        backing,
         details: Vec::new(),
     };
     Ok(vec![Shown::new(info, Some(holder))])
