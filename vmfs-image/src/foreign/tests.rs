@@ -3,6 +3,7 @@
 mod crash;
 mod hostile;
 mod model;
+mod on_top;
 mod qemu;
 mod refuse;
 

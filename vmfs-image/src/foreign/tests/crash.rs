@@ -128,8 +128,13 @@ fn crash(options: &str, seed: u64, power: bool) {
     let dir = tempfile::tempdir().unwrap();
     let mut random = Random(seed * 0x9e37_79b9 + 1);
     std::fs::write(dir.path().join("raw"), sample(usize::try_from(SIZE).unwrap() / 2, seed)).unwrap();
-    qemu_img(dir.path(), &format!("convert -f raw -O qcow2 -o {options} raw image"));
+    // Some of it compressed, and some shared with a snapshot inside.
+    let compressed = if seed.is_multiple_of(2) { "-c " } else { "" };
+    qemu_img(dir.path(), &format!("convert {compressed}-f raw -O qcow2 -o {options} raw image"));
     qemu_img(dir.path(), &format!("resize -q -f qcow2 image {SIZE}"));
+    if seed.is_multiple_of(3) && !options.contains("refcount_bits=1") {
+        qemu_img(dir.path(), "snapshot -c inside image");
+    }
     let (path, at) = (dir.path().join("image"), dir.path().join("at"));
     std::fs::copy(&path, dir.path().join("before")).unwrap();
     let (steps, flushed) = run(&path, &mut random, 120);

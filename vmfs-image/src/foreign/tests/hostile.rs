@@ -30,7 +30,8 @@ pub(super) fn sound() -> Vec<u8> {
 }
 
 pub(super) fn open(path: &Path, writable: bool) -> Result<std::sync::Arc<dyn Image>, Error> {
-    let options = OpenOptions { writable, format: Some(Format::Qcow2), cache: Cache::Unsafe, ..OpenOptions::default() };
+    let options =
+        OpenOptions { writable, format: Some(Format::Qcow2), cache: Cache::Unsafe, ..OpenOptions::default() };
     crate::open(path, &options)
 }
 
