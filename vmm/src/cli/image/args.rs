@@ -19,7 +19,7 @@ pub enum ImageVerb {
         /// Size as a disk, as in 10G; with --backing that of the backing if it is not given
         #[arg(long, value_parser = config::parse_size, required_unless_present = "backing")]
         size: Option<u64>,
-        /// Kind of image: flat or thin
+        /// Kind of image: flat, thin or qcow2
         #[arg(long, default_value = "thin")]
         format: Format,
         /// The most that a thin image may take of its file system, as in 4G
@@ -31,7 +31,7 @@ pub enum ImageVerb {
         /// Give a flat image all of its space at once
         #[arg(long)]
         preallocate: bool,
-        /// Unit of allocation of a thin image: 64K to 2M
+        /// Unit of allocation: 64K to 2M; of a qcow2 image from 1K on
         #[arg(long, value_name = "SIZE", value_parser = cluster_bits)]
         cluster_size: Option<u8>,
         #[command(flatten)]
@@ -145,7 +145,7 @@ pub enum ImageVerb {
         source: PathBuf,
         /// Where the new image is made
         path: PathBuf,
-        /// What it becomes
+        /// What it becomes: flat, thin or qcow2
         #[arg(long)]
         format: Format,
         /// Kind of the source, if its first bytes are not to be believed
@@ -325,9 +325,10 @@ fn memory(text: &str) -> Result<usize, String> {
 }
 
 fn cluster_bits(text: &str) -> Result<u8, String> {
-    let wrong = || "a cluster has 64K, 128K, 256K, 512K, 1M or 2M".to_owned();
+    let wrong =
+        || "a cluster has 64K, 128K, 256K, 512K, 1M or 2M; of a qcow2 image also 1K to 32K".to_owned();
     let size = config::parse_size(text)?;
-    (16..=21).find(|bits| size == 1 << bits).ok_or_else(wrong)
+    (10..=21).find(|bits| size == 1 << bits).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -346,8 +347,8 @@ mod tests {
 
     #[test]
     fn clusters_that_the_format_has_not_are_refused() {
-        assert_eq!((cluster_bits("64K"), cluster_bits("2M")), (Ok(16), Ok(21)));
-        for wrong in ["32K", "4M", "96K", "64"] {
+        assert_eq!((cluster_bits("1K"), cluster_bits("64K"), cluster_bits("2M")), (Ok(10), Ok(16), Ok(21)));
+        for wrong in ["4M", "96K", "64"] {
             assert!(cluster_bits(wrong).is_err(), "{wrong}");
         }
     }

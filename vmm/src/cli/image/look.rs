@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use vmfs_image::ops::{self, Comparison, Piece};
 use vmfs_image::thin::check::{self, Report};
-use vmfs_image::{Error, Format, OpenOptions, snapshot};
+use vmfs_image::{Error, Format, OpenOptions, foreign, snapshot};
 
 use super::super::{Failure, print_json};
 use super::output::{lossy, plain, with_bytes};
@@ -40,7 +40,15 @@ pub fn check(path: &Path, repair: bool, json: bool) -> Result<(), Failure> {
     let report = match format {
         Format::Thin => Some(check::check(path, repair).map_err(trouble)?),
         // Whether it opens is all that there is to examine.
-        Format::Flat => vmfs_image::open(path, &OpenOptions::default()).map(|_| None).map_err(trouble)?,
+        Format::Flat | Format::Vmdk => {
+            vmfs_image::open(path, &OpenOptions::default()).map(|_| None).map_err(trouble)?
+        }
+        Format::Qcow2 => {
+            foreign::check_tables(path).map_err(trouble)?;
+            let what = "a check of the refcounts of qcow2 images (\"qemu-img check\" examines them; its header and tables are in \
+                        order)";
+            return Err(trouble(Error::Unsupported { path: path.to_owned(), what: what.to_owned() }));
+        }
         format => {
             let what = format!("a check of {format} images");
             return Err(trouble(Error::Unsupported { path: path.to_owned(), what }));
