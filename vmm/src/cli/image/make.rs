@@ -10,7 +10,7 @@ use vmfs_image::{Error, Format, OpenOptions, clone as cloning, foreign, snapshot
 
 use super::super::Failure;
 use super::progress::Progress;
-use super::{failure, output, replace};
+use super::{failure, output, replace, trouble};
 
 /// What a new image is to be.
 #[derive(Debug)]
@@ -29,6 +29,10 @@ fn invalid<T>(path: &Path, what: impl Into<String>) -> Result<T, Error> {
 
 /// `vmm image create`
 pub fn create(path: &Path, wanted: &Wanted, force: bool, json: bool) -> Result<(), Failure> {
+    if wanted.format != Format::Qcow2 && wanted.cluster_bits.is_some_and(|bits| bits < 16) {
+        let refused: Result<(), Error> = invalid(path, "only a qcow2 image has clusters of less than 64K");
+        return refused.map_err(trouble);
+    }
     let _interruptible = Progress::begin("creating")?;
     let source = wanted.backing.as_deref();
     replace::make(path, force, source, |path| new_image(path, wanted)).map_err(failure)?;
