@@ -14,7 +14,8 @@ use serde::de::DeserializeOwned;
 
 use crate::http::{self, DiskVerb, FIELD_LIMIT, HEAD_LIMIT, Resource};
 use crate::types::{
-    AtPowerOff, DiskLimits, DiskStatus, ErrorBody, Job, Medium, PowerOffChoice, Resize, Snapshot, Status,
+    AtPowerOff, DiskLimits, DiskStatus, ErrorBody, Job, MaxSize, Medium, PowerOffChoice, Resize, Snapshot,
+    Status,
 };
 
 /// Most bytes of an answer's body.
@@ -205,6 +206,15 @@ impl Client {
     /// Any [`Reason`].
     pub fn resize(&mut self, index: usize, bytes: u64) -> Result<(), Error> {
         self.request(Resource::Disk(index, DiskVerb::Size), Some(&Resize { bytes })).map(drop)
+    }
+
+    /// Says how much the image that disk `index` is written to may take of its file system, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Reason`].
+    pub fn set_max_size(&mut self, index: usize, bytes: Option<u64>) -> Result<(), Error> {
+        self.request(Resource::Disk(index, DiskVerb::MaxSize), Some(&MaxSize { bytes })).map(drop)
     }
 
     /// Puts the image at `path`, which is absolute, behind disk `index`; without a `format` its content says what it is.

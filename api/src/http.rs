@@ -29,6 +29,7 @@ pub enum DiskVerb {
     Commit,
     Stream,
     Size,
+    MaxSize,
     Medium,
     Retry,
     Limits,
@@ -40,7 +41,7 @@ const NUMBER: &str = "{n}";
 
 impl Resource {
     /// One of each kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Status,
         Self::Pause,
         Self::Resume,
@@ -50,6 +51,7 @@ impl Resource {
         Self::Disk(0, DiskVerb::Commit),
         Self::Disk(0, DiskVerb::Stream),
         Self::Disk(0, DiskVerb::Size),
+        Self::Disk(0, DiskVerb::MaxSize),
         Self::Disk(0, DiskVerb::Medium),
         Self::Disk(0, DiskVerb::Retry),
         Self::Disk(0, DiskVerb::Limits),
@@ -76,6 +78,7 @@ impl Resource {
             Self::Disk(_, DiskVerb::Commit) => "/v1/disks/{n}/commit",
             Self::Disk(_, DiskVerb::Stream) => "/v1/disks/{n}/stream",
             Self::Disk(_, DiskVerb::Size) => "/v1/disks/{n}/size",
+            Self::Disk(_, DiskVerb::MaxSize) => "/v1/disks/{n}/max-size",
             Self::Disk(_, DiskVerb::Medium) => "/v1/disks/{n}/medium",
             Self::Disk(_, DiskVerb::Retry) => "/v1/disks/{n}/retry",
             Self::Disk(_, DiskVerb::Limits) => "/v1/disks/{n}/limits",
@@ -130,6 +133,7 @@ impl Resource {
                 _,
                 DiskVerb::Snapshot
                     | DiskVerb::Size
+                    | DiskVerb::MaxSize
                     | DiskVerb::Medium
                     | DiskVerb::Limits
                     | DiskVerb::AtPowerOff

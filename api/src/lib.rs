@@ -13,6 +13,6 @@ pub mod server;
 mod types;
 
 pub use types::{
-    AtPowerOff, Control, Counters, DiskDetails, DiskLimits, DiskOrder, DiskStatus, Job, JobState, Medium,
-    NetStatus, PowerOffChoice, Refused, Resize, Snapshot, State, Status,
+    AtPowerOff, Control, Counters, DiskDetails, DiskLimits, DiskOrder, DiskStatus, Job, JobState, MaxSize,
+    Medium, NetStatus, PowerOffChoice, Refused, Resize, Snapshot, State, Status,
 };

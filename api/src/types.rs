@@ -188,6 +188,8 @@ pub enum DiskOrder {
     Stream,
     /// Makes the disk larger.
     Resize(Resize),
+    /// Says how much the image that is written to may take, and tries again what waits.
+    MaxSize(MaxSize),
     /// Puts another image behind the disk.
     Medium(Medium),
     /// Tries again what waits since an error.
@@ -212,6 +214,14 @@ pub struct Snapshot {
 pub struct Resize {
     /// The new size in bytes: a multiple of 512, more than the old one.
     pub bytes: u64,
+}
+
+/// Content of [`DiskOrder::MaxSize`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaxSize {
+    /// The most that it may take of its file system in bytes; null: as much as there is.
+    pub bytes: Option<u64>,
 }
 
 /// Content of [`DiskOrder::Medium`].

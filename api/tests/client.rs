@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use api::client::{Client, Error, Reason};
-use api::{AtPowerOff, DiskLimits, DiskOrder, Medium, PowerOffChoice, Resize, Snapshot, State};
+use api::{AtPowerOff, DiskLimits, DiskOrder, MaxSize, Medium, PowerOffChoice, Resize, Snapshot, State};
 use common::{serve, socket};
 use proptest::prelude::*;
 
@@ -69,6 +69,7 @@ fn orders_to_disks_arrive_as_they_were_given() {
     client.snapshot(0, "before \"it\"").unwrap();
     client.change_medium(0, Path::new("/srv/b.img"), Some("flat")).unwrap();
     client.resize(0, 2 << 30).unwrap();
+    client.set_max_size(0, None).unwrap();
     client.set_limits(0, limits).unwrap();
     client.at_power_off(0, AtPowerOff::Commit).unwrap();
     let medium = Medium { path: "/srv/b.img".into(), format: Some("flat".into()) };
@@ -76,6 +77,7 @@ fn orders_to_disks_arrive_as_they_were_given() {
         DiskOrder::Snapshot(Snapshot { name: "before \"it\"".into() }),
         DiskOrder::Medium(medium),
         DiskOrder::Resize(Resize { bytes: 2 << 30 }),
+        DiskOrder::MaxSize(MaxSize { bytes: None }),
         DiskOrder::Limits(limits),
         DiskOrder::AtPowerOff(PowerOffChoice { action: AtPowerOff::Commit }),
     ];

@@ -103,8 +103,17 @@ impl Serving {
     }
 
     fn ask(&mut self, order: &str, answer: &str) -> Value {
-        self.0.send(format!("{order}\n").as_bytes()).unwrap();
+        self.tell(order);
         self.0.wait_event(answer).unwrap()
+    }
+
+    /// Tells it what to do, without waiting for the answer.
+    ///
+    /// # Panics
+    ///
+    /// The monitor does not take it.
+    pub fn tell(&mut self, order: &str) {
+        self.0.send(format!("{order}\n").as_bytes()).unwrap();
     }
 
     /// Has it write the pattern of `seed`, and flush.

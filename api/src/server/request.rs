@@ -197,6 +197,7 @@ fn order(verb: DiskVerb, body: &[u8]) -> serde_json::Result<DiskOrder> {
         DiskVerb::Commit => DiskOrder::Commit,
         DiskVerb::Stream => DiskOrder::Stream,
         DiskVerb::Size => DiskOrder::Resize(serde_json::from_slice(body)?),
+        DiskVerb::MaxSize => DiskOrder::MaxSize(serde_json::from_slice(body)?),
         DiskVerb::Medium => DiskOrder::Medium(serde_json::from_slice(body)?),
         DiskVerb::Retry => DiskOrder::Retry,
         DiskVerb::Limits => DiskOrder::Limits(serde_json::from_slice::<WantedLimits>(body)?.into()),

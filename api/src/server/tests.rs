@@ -10,8 +10,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::types::{
-    AtPowerOff, DiskLimits, DiskOrder, DiskStatus, Job, JobState, Medium, NetStatus, PowerOffChoice, Refused,
-    Resize, Snapshot, State, Status,
+    AtPowerOff, DiskLimits, DiskOrder, DiskStatus, Job, JobState, MaxSize, Medium, NetStatus, PowerOffChoice,
+    Refused, Resize, Snapshot, State, Status,
 };
 
 const STATUS: &[u8] = b"GET /v1/status HTTP/1.1\r\nHost: vmm\r\n\r\n";
@@ -337,6 +337,8 @@ fn orders_to_disks_arrive_with_their_content_and_long_ones_are_answered_by_a_job
         ("POST", "commit", "", DiskOrder::Commit),
         ("POST", "stream", "", DiskOrder::Stream),
         ("PUT", "size", r#"{"bytes":2097152}"#, DiskOrder::Resize(Resize { bytes: 2 << 20 })),
+        ("PUT", "max-size", r#"{"bytes":65536}"#, DiskOrder::MaxSize(MaxSize { bytes: Some(1 << 16) })),
+        ("PUT", "max-size", r#"{"bytes":null}"#, DiskOrder::MaxSize(MaxSize { bytes: None })),
         ("PUT", "medium", r#"{"path":"/srv/b.img","format":"flat"}"#, DiskOrder::Medium(medium)),
         ("PUT", "retry", "", DiskOrder::Retry),
         ("PUT", "limits", r#" {"iops":500} "#, DiskOrder::Limits(limits)),

@@ -147,8 +147,8 @@ pub fn resize(
     or_by_guest(path, rest(), |running| {
         let now = running.size()?.unwrap_or(0);
         let refused = |what: String| failure(Error::Invalid { path: path.to_owned(), what });
-        if max_size.is_some() {
-            return Err(refused("has a guest that runs; --max-size is for images at rest".to_owned()));
+        if let Some(Limit(bytes)) = max_size {
+            running.set_max_size(bytes)?;
         }
         if let Some(size) = larger(now).map_err(refused)? {
             running.resize(size)?;

@@ -75,6 +75,11 @@ impl Running {
         self.client.resize(self.disk, bytes)
     }
 
+    /// Says how much its image may take, in bytes.
+    pub fn set_max_size(&mut self, bytes: Option<u64>) -> Result<(), client::Error> {
+        self.client.set_max_size(self.disk, bytes)
+    }
+
     /// Size of the disk in bytes.
     pub fn size(&mut self) -> Result<Option<u64>, client::Error> {
         Ok(self.client.status()?.disks.get(self.disk).map(|disk| disk.bytes))

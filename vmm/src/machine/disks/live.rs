@@ -81,11 +81,6 @@ fn device_limits(limits: Limits) -> block::Limits {
     block::Limits { iops, bytes_per_second: bandwidth, burst: burst.unwrap_or(default.burst) }
 }
 
-/// By what means the data of a disk are moved.
-fn engine(_control: &BlockControl) -> &'static str {
-    "plain"
-}
-
 impl LiveDisk {
     pub fn new(index: usize, guest: &str, config: &Disk, medium: Medium, control: BlockControl) -> Self {
         let state = State {
@@ -247,7 +242,7 @@ impl LiveDisk {
                 allocated: info.as_ref().map(|info| info.allocated),
                 max_size: info.and_then(|info| info.max_size),
                 queues: *queues,
-                engine: engine(&self.control).to_owned(),
+                engine: self.control.engine().to_owned(),
                 cache: cache.as_str().to_owned(),
                 on_error: on_error.as_str().to_owned(),
                 limits: DiskLimits {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use api::{DiskLimits, DiskOrder, Medium, Refused, Resize, Snapshot};
+use api::{DiskLimits, DiskOrder, MaxSize, Medium, Refused, Resize, Snapshot};
 use vmfs_image::image::{MAX_SIZE, SECTOR};
 use vmfs_image::merge::{ActiveCommit, Stream};
 use vmfs_image::snapshot::{self, About};
@@ -35,6 +35,11 @@ pub fn carry_out(
         DiskOrder::Snapshot(Snapshot { name }) => alone(disk, || take_snapshot(disk, &name)),
         DiskOrder::Resize(Resize { bytes }) => alone(disk, || resize(disk, bytes)),
         DiskOrder::Medium(medium) => alone(disk, || change_medium(disk, &medium)),
+        DiskOrder::MaxSize(MaxSize { bytes }) => on_thread(disk, || {
+            // Beside a job too, which may be what waits.
+            let _alone = disk.order();
+            set_max_size(disk, bytes)
+        }),
         DiskOrder::Commit => return alone(disk, || commit(disk, jobs)).map(Some),
         DiskOrder::Stream => return alone(disk, || stream(disk, jobs)).map(Some),
     };
@@ -43,11 +48,17 @@ pub fn carry_out(
 
 /// Does what nothing else that changes the disk may come between.
 fn alone<T: Send>(disk: &LiveDisk, act: impl FnOnce() -> Result<T, Refused> + Send) -> Result<T, Refused> {
-    let act = || {
+    on_thread(disk, || {
         let _alone = disk.order();
         disk.refuse_job()?;
         act()
-    };
+    })
+}
+
+fn on_thread<T: Send>(
+    disk: &LiveDisk,
+    act: impl FnOnce() -> Result<T, Refused> + Send,
+) -> Result<T, Refused> {
     // The caller's stack is small, and opening images is not made for that.
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("disk".to_owned()).spawn_scoped(scope, act);
@@ -123,6 +134,21 @@ fn resize(disk: &LiveDisk, bytes: u64) -> Result<(), Refused> {
         .map_err(|source| failed("enlarge", source))
         .and_then(|()| image.flush().map_err(|source| failed("make stable the size of", source)))
         .map_err(refused(disk))
+}
+
+fn set_max_size(disk: &LiveDisk, bytes: Option<u64>) -> Result<(), Refused> {
+    let image = disk.image()?;
+    if !image.is_writable() {
+        return Err(disk.refused("it is only read, and takes nothing"));
+    }
+    let Some(thin) = image.as_thin() else {
+        return Err(disk.refused("it is no thin image; only these have a max-size"));
+    };
+    let path = image.path().to_owned();
+    let limited = thin.set_max_size(bytes).map_err(|source| Error::Io { path, what: "limit", source });
+    limited.map_err(refused(disk))?;
+    disk.control.retry();
+    Ok(())
 }
 
 fn change_medium(disk: &LiveDisk, medium: &Medium) -> Result<(), Refused> {
