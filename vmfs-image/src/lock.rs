@@ -32,6 +32,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::image::Error;
 
@@ -115,6 +116,21 @@ impl Mode {
     }
 }
 
+/// How long a lock that no process has is waited for: of one that was killed, the kernel may have open files still to close,
+/// as those in an io_uring.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long until it is tried again.
+const AGAIN: Duration = Duration::from_millis(10);
+
+/// Why a lock is not to be had.
+#[derive(Debug)]
+enum Refusal {
+    /// Another has one, in a process of this host if that is known.
+    Held { process: Option<u32> },
+    /// There are none.
+    Failed(io::Error),
+}
+
 /// A lock that the kernel keeps.
 #[derive(Debug)]
 pub struct OfdLock {
@@ -137,15 +153,29 @@ impl OfdLock {
             owner: owner.map(str::to_owned),
             mode: Mutex::new(mode),
         };
+        let begun = Instant::now();
         // Where it is refused, the drop of `lock` gives back what was got.
-        lock.take(mode)?;
+        while let Err(refusal) = lock.take(mode) {
+            let is_nobodys = matches!(refusal, Refusal::Held { process: None, .. });
+            if !is_nobodys || begun.elapsed() >= PATIENCE {
+                return Err(lock.refused(refusal));
+            }
+            std::thread::sleep(AGAIN);
+        }
         Ok(lock)
     }
 
-    fn take(&self, mode: Mode) -> Result<(), Error> {
-        let failed = |source| Error::Lock { path: self.path.clone(), source };
-        let refused =
-            |other: Other| Error::Locked { path: self.path.clone(), holder: holder(&self.file, other) };
+    fn refused(&self, refusal: Refusal) -> Error {
+        let path = self.path.clone();
+        match refusal {
+            Refusal::Failed(source) => Error::Lock { path, source },
+            Refusal::Held { process } => Error::Locked { path, holder: holder(&self.file, process) },
+        }
+    }
+
+    fn take(&self, mode: Mode) -> Result<(), Refusal> {
+        let failed = Refusal::Failed;
+        let refused = |other: Other| Refusal::Held { process: other.pid.or_else(|| find(&self.file, other)) };
         let take = |byte, kind| match change(&self.file, byte, kind) {
             Ok(()) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
@@ -182,7 +212,7 @@ impl Lock for OfdLock {
         if *now == mode {
             return Ok(());
         }
-        let taken = self.take(mode);
+        let taken = self.take(mode).map_err(|refusal| self.refused(refusal));
         if taken.is_err() {
             // What was held before contradicts nobody: they were let in beside it.
             let _ = self.take(*now);
@@ -247,11 +277,11 @@ fn other(file: &File, byte: i64, kind: libc::c_int) -> io::Result<Option<Other>>
     Ok(Some(Other { pid, from: request.l_start, to }))
 }
 
-/// Says who holds `other`, as far as can be told.
-fn holder(file: &File, other: Other) -> String {
+/// Says who holds a lock, which is `process` if that is known.
+fn holder(file: &File, process: Option<u32>) -> String {
     let note = Note::read(file);
     let here = host();
-    let Some(pid) = other.pid.or_else(|| find(file, other)) else {
+    let Some(pid) = process else {
         return match note {
             Some(note) if note.host != here => note.describe(),
             _ => format!("another process of host {here}, or of one that shares the file system"),
