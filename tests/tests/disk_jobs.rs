@@ -178,9 +178,9 @@ fn guest_that_ends_takes_its_job_along_and_its_log_is_committed() {
 #[ignore = "needs /dev/kvm"]
 fn beside_a_job_other_changes_of_the_disk_are_refused_and_of_another_disk_are_not() {
     // Large enough to be under way when it is looked at.
-    let serve = "test=blk-serve span=256M size=256K depth=4";
+    let serve = "test=blk-serve span=128M size=256K depth=4";
     let (setup, path) =
-        with_disk(serve, "thin", 256 << 20, "mode = \"undoable\"\nat_power_off = \"discard\"");
+        with_disk(serve, "thin", 128 << 20, "mode = \"undoable\"\nat_power_off = \"discard\"");
     make(&path.with_file_name("second.img"), "thin", SPAN);
     let setup = setup.with("[memory]\nsize = \"64M\"\n[[disk]]\npath = \"second.img\"\n");
     let mut guest = Serving::start(setup);
@@ -205,7 +205,7 @@ fn beside_a_job_other_changes_of_the_disk_are_refused_and_of_another_disk_are_no
     guest.write(2);
     // What it has begun to write down counts as committed: only what came afterwards can be discarded.
     assert_eq!(guest.end(), 0, "{}", guest.0.transcript());
-    assert!(!redo(&path).exists() && contents(&path) == pattern(1, 256 << 20));
+    assert!(!redo(&path).exists() && contents(&path) == pattern(1, 128 << 20));
 }
 
 #[test]

@@ -268,8 +268,8 @@ fn commit_that_cannot_be_made_at_power_off_leaves_the_log_and_the_status_1() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn another_signal_while_the_log_is_committed_interrupts_that_and_it_can_be_finished() {
-    let size = 256 << 20;
-    let serve = "test=blk-serve span=256M size=256K depth=4";
+    let size = 128 << 20;
+    let serve = "test=blk-serve span=128M size=256K depth=4";
     let keys = "mode = \"undoable\"\nat_power_off = \"commit\"\n[memory]\nsize = \"64M\"";
     let (setup, path) = with_disk(serve, "flat", size, keys);
     let mut guest = Serving::start(setup);
