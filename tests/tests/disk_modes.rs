@@ -157,7 +157,7 @@ fn without_a_terminal_nobody_is_asked_and_the_log_is_kept_which_is_said() {
     guest.write(1);
     assert_eq!(guest.end(), 0);
     let said = guest.0.log();
-    assert!(said.contains("nobody was there to be asked") && said.contains(at(&redo(&path))), "{said}");
+    assert!(said.contains("nobody has decided") && said.contains(at(&redo(&path))), "{said}");
     image(&["commit", at(&path)]);
     assert!(contents(&path) == pattern(1, SPAN));
     // Of what is no change at all, nothing is asked.

@@ -155,16 +155,20 @@ fn another_medium_is_shown_to_the_guest_and_the_old_one_is_free() {
 #[ignore = "needs /dev/kvm"]
 fn medium_is_opened_in_the_disks_mode_and_its_log_outlives_it() {
     let (setup, path) = with_disk(SERVE, "thin", SPAN, "mode = \"undoable\"\nat_power_off = \"commit\"");
-    let other = path.with_file_name("other.img");
+    let [other, third] = ["other.img", "third.img"].map(|name| path.with_file_name(name));
     make(&other, "thin", SPAN);
+    make(&third, "thin", SPAN);
     let mut guest = Serving::start(setup);
     guest.write(1);
-    guest.ok(&["disk", "medium", guest.0.name(), "0", at(&other)]);
-    guest.reads(None);
+    for path in [&third, &other] {
+        guest.ok(&["disk", "medium", guest.0.name(), "0", at(path)]);
+        guest.reads(None);
+    }
     guest.write(2);
     assert_eq!(guest.disk(0)["redo"], at(&path.with_file_name("other.img.redo")));
     assert_eq!(guest.end(), 0);
     assert!(contents(&other) == pattern(2, SPAN));
+    assert!(!path.with_file_name("third.img.redo").exists(), "nothing was written to that one");
     // What was decided for the disk is not for what is no longer in it.
     assert!(path.with_file_name("disk.img.redo").exists());
     image(&["commit", at(&path)]);

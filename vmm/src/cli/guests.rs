@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api::client::{self, Client};
-use api::{DiskLimits, DiskStatus, Status};
+use api::{DiskLimits, DiskStatus, State, Status};
 
 use super::image::output::with_bytes;
 use super::process::Process;
@@ -27,6 +27,9 @@ enum Error {
     /// It does not end though it was told to.
     #[error("guest {name} has not ended within {} s; `vmm kill {name}` kills its monitor", limit.as_secs())]
     Held { name: String, limit: Duration },
+    /// It has, and what it wrote is being decided upon.
+    #[error("guest {name} has ended, but process {pid}, its monitor, is not done with its redo logs yet")]
+    Settling { name: String, pid: u32 },
     /// Its process is still there.
     #[error("process {pid} of guest {name} does not end though it was killed; the kernel holds it")]
     Stuck { name: String, pid: u32 },
@@ -184,11 +187,16 @@ pub fn stop(name: &str, limit: Duration, now: bool) -> Result<(), Failure> {
         pid,
         source,
     })?;
-    match (ended, now) {
-        (true, _) => Ok(()),
-        (false, false) => Err(Error::Deaf { name: name.to_owned(), limit }.into()),
-        (false, true) => Err(Error::Held { name: name.to_owned(), limit }.into()),
+    if ended {
+        return Ok(());
     }
+    // The connection may have been idle for too long.
+    let is_settling = connect(&guest).and_then(|mut client| client.status());
+    if is_settling.is_ok_and(|status| status.state == State::Stopping) {
+        return Err(Error::Settling { name: name.to_owned(), pid }.into());
+    }
+    let name = name.to_owned();
+    Err(if now { Error::Held { name, limit } } else { Error::Deaf { name, limit } }.into())
 }
 
 /// `vmm kill NAME`

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use api::{AtPowerOff, DiskDetails, DiskLimits, DiskStatus, Refused};
 use devices::virtio::block::{self, BlockControl, BlockEvents, BlockOptions};
-use vmfs_image::redo::Opened;
+use vmfs_image::redo::{self, Opened};
 use vmfs_image::{Error, Image, Run, RunKind};
 
 use super::gone::Gone;
@@ -170,14 +170,22 @@ impl LiveDisk {
         Wanted::of(&self.config, &self.guest)
     }
 
-    /// Puts another medium behind it. The one before is closed, and its redo log stays if it has one.
+    /// Puts another medium behind it. The one before is closed, and its redo log stays if it holds anything.
     ///
     /// # Errors
     ///
     /// The device refuses it; then it is closed.
     pub fn insert(&self, medium: Medium) -> io::Result<()> {
         drop(self.control.swap(Arc::clone(&medium.opened.image))?);
-        self.state().medium = Some(medium);
+        let old = self.state().medium.replace(medium);
+        let is_undone = |old: &Medium| self.config.mode == Mode::Undoable && holds(&old.opened).is_none();
+        // Closed, but for its path.
+        let undone = old.filter(is_undone).map(|old| old.path);
+        if let Some(path) = undone
+            && let Err(error) = redo::discard(&path)
+        {
+            tracing::warn!("an empty redo log is left over: {error}");
+        }
         Ok(())
     }
 

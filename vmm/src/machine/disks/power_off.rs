@@ -130,7 +130,7 @@ fn decide(guest: &str, log: &Log, attendant: &mut dyn Attendant, end: RawFd) -> 
         (Some(AtPowerOff::Ask), None) => AtPowerOff::Discard,
         (Some(AtPowerOff::Ask), Some(_)) => match attendant.ask(log, end) {
             Some(AtPowerOff::Ask) | None => {
-                attendant.tell(&stays(", since nobody was there to be asked"));
+                attendant.tell(&stays(", since nobody has decided"));
                 AtPowerOff::Keep
             }
             Some(action) => action,
