@@ -176,6 +176,46 @@ fn guest_that_ends_takes_its_job_along_and_its_log_is_committed() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn monitor_that_is_killed_in_the_middle_of_a_job_leaves_what_was_flushed_and_the_job_can_be_finished() {
+    for (keys, what) in [("mode = \"append\"", "commit"), ("", "commit"), ("", "stream")] {
+        let (setup, path) = with_disk(SERVE, "thin", SPAN, keys);
+        for round in 1..=6_u64 {
+            let mut guest = Serving::start(setup.clone());
+            if round > 1 {
+                guest.reads(Some(10 * round - 9));
+            }
+            guest.write(10 * round);
+            if keys.is_empty() {
+                // One that is refused finds a deletion unfinished, which is gone on with.
+                let _ = guest.api("POST", "disks/0/snapshot", &format!("{{\"name\":\"s{round}\"}}"));
+            }
+            guest.write(10 * round + 1);
+            let _ = guest.begin(0, what);
+            std::thread::sleep(std::time::Duration::from_millis(round * round));
+            guest.0.kill().unwrap();
+        }
+        let mut guest = Serving::start(setup);
+        guest.reads(Some(61));
+        if what == "commit" {
+            // Once for each that is below, if one is.
+            while guest.disk(0)["backing"] != json!([]) {
+                let id = guest.begin(0, "commit");
+                assert_eq!(guest.wait_job(id)["state"], "done", "{keys}");
+            }
+        }
+        guest.reads(Some(61));
+        guest.write(62);
+        assert_eq!(guest.end(), 0);
+        if !keys.is_empty() {
+            image(&["commit", at(&path)]);
+        }
+        image(&["check", at(&path), "--repair"]);
+        assert!(contents(&path) == pattern(62, SPAN), "{keys} {what}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn beside_a_job_other_changes_of_the_disk_are_refused_and_of_another_disk_are_not() {
     // Large enough to be under way when it is looked at.
     let serve = "test=blk-serve span=128M size=256K depth=4";
