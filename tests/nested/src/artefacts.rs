@@ -93,11 +93,12 @@ fn guest_tree(packages: &Packages) -> Result<Tree> {
         .file("etc/passwd", "root::0:0:root:/:/bin/sh\n")
         .program("etc/rcS", include_str!("../files/l2/rcS"))
         .program("etc/rcK", include_str!("../files/l2/rcK"))
+        .program("sbin/ext4-disk", include_str!("../files/l2/ext4-disk"))
         .program("etc/acpi/PWRF/00000080", include_str!("../files/l2/power-button"));
     Ok(tree)
 }
 
-/// Busybox under all its names, and the directories on which everything is mounted.
+/// Busybox under all its names, what makes and checks ext4, and the directories on which everything is mounted.
 fn busybox_tree(packages: &Packages) -> Result<Tree> {
     let mut tree = Tree::new();
     for dir in ["dev", "proc", "sys", "run", "tmp"] {
@@ -108,6 +109,9 @@ fn busybox_tree(packages: &Packages) -> Result<Tree> {
     }
     let busybox = fs::read(&packages.busybox).map_err(Error::file("read", &packages.busybox))?;
     tree.program("bin/busybox", busybox);
+    for (path, file) in &packages.ext4 {
+        tree.program(path, fs::read(file).map_err(Error::file("read", file))?);
+    }
     Ok(tree)
 }
 

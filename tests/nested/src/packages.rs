@@ -17,6 +17,14 @@ const NEEDED: &[(&str, &str)] =
 /// Names under which distributions keep their small kernel for virtual machines: Debian, Ubuntu.
 const KERNELS: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
 const BUSYBOX: &str = "busybox-static";
+const EXT4: &str = "e2fsprogs";
+/// Programs of [`EXT4`], and the libraries that they are linked with, which are in packages that it depends on.
+const EXT4_PROGRAMS: &[(&str, &str)] = &[("sbin/mke2fs", "sbin/mkfs.ext4"), ("sbin/e2fsck", "sbin/e2fsck")];
+const EXT4_LIBRARIES: &[&str] =
+    &["libext2fs.so.2", "libe2p.so.2", "libcom_err.so.2", "libblkid.so.1", "libuuid.so.1", "libc.so.6"];
+/// Where the libraries are, and what links them with a program when it starts.
+const LIBRARY_DIR: &str = "lib/x86_64-linux-gnu";
+const LINKER: &str = "ld-linux-x86-64.so.2";
 
 /// Where packages and what is made of them are kept: `nested` below the build's target directory.
 #[must_use]
@@ -68,6 +76,8 @@ pub struct Packages {
     pub modules: PathBuf,
     /// A busybox that needs no libraries.
     pub busybox: PathBuf,
+    /// Programs that make and check ext4, and all that they need, by their path in a guest.
+    pub ext4: Vec<(String, PathBuf)>,
 }
 
 impl Packages {
@@ -108,9 +118,34 @@ impl Packages {
                 .into_iter()
                 .find(|file| file.is_file())
                 .unwrap_or_else(|| busybox_dir.join("bin/busybox")),
+            ext4: ext4(&cache)?,
             release,
         })
     }
+}
+
+/// Programs that make and check ext4, and all that they need, by their path in a guest.
+fn ext4(cache: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut dirs = vec![unpacked(cache, EXT4)?];
+    for library in dependencies(EXT4)?.iter().filter(|name| name.starts_with("lib")) {
+        dirs.push(unpacked(cache, library)?);
+    }
+    // Distributions differ in whether there is anything outside of /usr.
+    let found = |path: &str| {
+        let places = dirs.iter().flat_map(|dir| [dir.join(path), dir.join("usr").join(path)]);
+        places
+            .into_iter()
+            .find(|place| place.is_file())
+            .ok_or_else(|| Error::Archive { name: path.to_owned() })
+    };
+    let programs = EXT4_PROGRAMS.iter().map(|(from, to)| Ok(((*to).to_owned(), found(from)?)));
+    let libraries = EXT4_LIBRARIES.iter().map(|name| {
+        let path = format!("{LIBRARY_DIR}/{name}");
+        found(&path).map(|file| (path, file))
+    });
+    let linker =
+        std::iter::once_with(|| Ok((format!("lib64/{LINKER}"), found(&format!("{LIBRARY_DIR}/{LINKER}"))?)));
+    programs.chain(libraries).chain(linker).collect()
 }
 
 /// The package of the kernel itself, on which the one without a version depends.
@@ -152,7 +187,11 @@ fn dependencies(package: &str) -> Result<Vec<String>> {
 }
 
 fn parse_dependencies(listed: &str) -> Vec<String> {
-    listed.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned).collect()
+    let depends = |line: &str| {
+        let line = line.trim();
+        line.strip_prefix("Depends: ").or_else(|| line.strip_prefix("PreDepends: ")).map(str::to_owned)
+    };
+    listed.lines().filter_map(depends).collect()
 }
 
 /// The directory below `cache` with the content of `package`, in the version that apt would install.
@@ -196,6 +235,8 @@ mod tests {
     fn dependencies_are_found_among_other_relations() {
         let listed = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-9-cloud-amd64\n  Suggests: doc\n";
         assert_eq!(parse_dependencies(listed), ["linux-image-6.1.0-9-cloud-amd64"]);
+        let listed = "e2fsprogs\n  PreDepends: libc6\n  Depends: logsave\n  Recommends: e2fsprogs-l10n\n";
+        assert_eq!(parse_dependencies(listed), ["libc6", "logsave"]);
     }
 
     #[test]

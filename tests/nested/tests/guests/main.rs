@@ -1,6 +1,8 @@
 //! Debian's kernel as guest of the monitor on real KVM. All tests share one emulated host, one after the other; those
 //! that leave it running also share one guest.
 
+mod disks;
+
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};

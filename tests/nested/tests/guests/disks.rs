@@ -1,0 +1,163 @@
+//! File systems of a guest on disks of every format in every mode, and what is left of them when the monitor is killed.
+
+use vmm_nested::{Guest, L1, Status};
+
+use super::{LONG, ended, ok, on_host};
+
+const FORMATS: [&str; 3] = ["flat", "thin", "backed"];
+const MODES: [&str; 4] = ["persistent", "nonpersistent", "undoable", "append"];
+
+/// Makes an empty image of each format at `$1`. What lies on another has noise below, which must not be seen where
+/// something was written.
+const MAKE: &str = r#"
+set -e
+mkdir -p /tmp/disks
+cd /tmp/disks
+[ -e base.img ] || head -c 16777216 /dev/urandom >base.img
+case $1 in
+flat) vmm image create $2.img --format flat --size 16M ;;
+thin) vmm image create $2.img --size 16M ;;
+backed) vmm image clone base.img $2.img ;;
+esac
+"#;
+
+/// A disk, by its format and mode.
+#[derive(Clone, Copy)]
+struct Disk {
+    format: &'static str,
+    mode: &'static str,
+}
+
+impl Disk {
+    fn all() -> Vec<Self> {
+        let of = |format| MODES.map(|mode| Self { format, mode });
+        FORMATS.into_iter().flat_map(of).collect()
+    }
+
+    fn name(self) -> String {
+        format!("{}-{}", self.format, self.mode)
+    }
+
+    fn image(self) -> String {
+        format!("/tmp/disks/{}.img", self.name())
+    }
+
+    fn log(self) -> String {
+        format!("{}.redo", self.image())
+    }
+
+    fn config(self) -> String {
+        let Self { format, mode } = self;
+        let format = if format == "backed" { "thin" } else { format };
+        let rest = if mode == "undoable" { "at_power_off = \"commit\"\n" } else { "" };
+        let (path, serial) = (self.image(), self.name());
+        format!(
+            "[[disk]]\npath = \"{path}\"\nserial = \"{serial}\"\nformat = \"{format}\"\nmode = \"{mode}\"\n{rest}"
+        )
+    }
+
+    /// Whether what the guest writes is there when it runs again.
+    fn lasts(self) -> bool {
+        self.mode != "nonpersistent"
+    }
+}
+
+fn config(disks: &[Disk]) -> String {
+    let head = super::SMALL.replace("KERNEL", "vmlinuz").replace("small", "disks");
+    head + "[memory]\nsize = \"384M\"\n" + &disks.iter().map(|disk| disk.config()).collect::<String>()
+}
+
+/// What is in the image's own file.
+fn sum(l1: &L1, disk: Disk) -> String {
+    l1.check(&format!("md5sum <{}", disk.image()), LONG).unwrap()
+}
+
+/// All that lies at the image is sound; a crash may have left space that nothing uses.
+fn assert_sound(l1: &L1, path: &str, may_leak: bool) {
+    let checked = l1.run(&format!("vmm image check {path}"), LONG).unwrap();
+    let sound = checked.status == Status::Code(0) || may_leak && checked.status == Status::Code(1);
+    assert!(sound, "{path}: {checked:?}");
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 and Debian's packages"]
+fn ext4_is_whole_on_each_format_and_mode_after_the_monitor_was_killed_in_mid_write() {
+    on_host(|host| {
+        let l1 = &host.l1;
+        let disks = Disk::all();
+        l1.write_file("/tmp/make", MAKE.as_bytes()).unwrap();
+        l1.check("rm -rf /tmp/disks", LONG).unwrap();
+        for disk in &disks {
+            l1.check(&format!("sh /tmp/make {} {}", disk.format, disk.name()), LONG).unwrap();
+        }
+        let before: Vec<String> = disks.iter().map(|disk| sum(l1, *disk)).collect();
+        let unchanged = |disk: &Disk| {
+            let at = disks.iter().position(|other| other.name() == disk.name()).unwrap();
+            sum(l1, *disk) == before[at]
+        };
+
+        let mut guest = Guest::start(l1, &config(&disks)).unwrap();
+        for disk in &disks {
+            ok(&mut guest, &format!("ext4-disk fill {}", disk.name()));
+        }
+        for disk in &disks {
+            ok(&mut guest, &format!("ext4-disk churn {}", disk.name()));
+        }
+        // All at once: what is typed while they write takes its time.
+        ok(&mut guest, "touch /run/churn");
+        let (written, all) = ("ls /run | grep -c churned-", disks.len().to_string());
+        ok(&mut guest, &format!("until [ $({written}) = {all} ]; do usleep 200000; done"));
+        l1.check("kill -9 $(cat /run/vmm/disks/pid)", LONG).unwrap();
+        assert_eq!(ended(guest.console()), Status::Signal(9));
+
+        for disk in &disks {
+            let has_log = l1.run(&format!("test -e {}", disk.log()), LONG).unwrap().status.success();
+            assert_eq!(has_log, matches!(disk.mode, "undoable" | "append"), "log of {}", disk.name());
+            assert_eq!(unchanged(disk), disk.mode != "persistent", "image of {}", disk.name());
+            assert_sound(l1, &disk.image(), true);
+            if has_log {
+                assert_sound(l1, &disk.log(), true);
+            }
+        }
+
+        let mut guest = Guest::start(l1, &config(&disks)).unwrap();
+        for disk in &disks {
+            let name = disk.name();
+            if disk.lasts() {
+                ok(&mut guest, &format!("ext4-disk check {name}"));
+            } else {
+                ok(&mut guest, &format!("ext4-disk blank {name}"));
+                ok(&mut guest, &format!("ext4-disk fill {name}"));
+            }
+        }
+        guest.console().send("poweroff\n");
+        assert_eq!(ended(guest.console()), Status::Code(0));
+
+        for disk in &disks {
+            let (name, log) = (disk.name(), disk.log());
+            let has_log = l1.run(&format!("test -e {log}"), LONG).unwrap().status.success();
+            assert_eq!(has_log, disk.mode == "append", "log of {name}");
+            assert_eq!(unchanged(disk), matches!(disk.mode, "nonpersistent" | "append"), "image of {name}");
+            if has_log {
+                l1.check(&format!("vmm image commit {}", disk.image()), LONG).unwrap();
+            }
+            assert_sound(l1, &disk.image(), false);
+            if disk.lasts() {
+                assert_files(l1, *disk);
+            }
+        }
+        l1.check("rm -r /tmp/disks", LONG).unwrap();
+    });
+}
+
+/// The host finds in the image what the guest put there.
+fn assert_files(l1: &L1, disk: Disk) {
+    let flat = "/tmp/disks/flat.raw";
+    l1.check(&format!("vmm image convert {} {flat} --format flat --force", disk.image()), LONG).unwrap();
+    l1.check(&format!("vmm image compare {} {flat}", disk.image()), LONG).unwrap();
+    l1.check(&format!("e2fsck -fn {flat} 2>&1"), LONG).unwrap();
+    let look =
+        "mkdir -p /tmp/seen && mount -o loop,ro,noload FLAT /tmp/seen && cd /tmp/seen && sha256sum -c sums";
+    l1.check(&look.replace("FLAT", flat), LONG).unwrap();
+    l1.check("umount /tmp/seen", LONG).unwrap();
+}
