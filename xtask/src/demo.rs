@@ -1,4 +1,5 @@
-//! `cargo xtask demo`: a stock Debian kernel in our monitor, with a disk and a network card, to look at.
+//! `cargo xtask demo`: a stock Debian kernel in our monitor, with a clone of a template as its disk and a network card, to
+//! look at.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -60,18 +61,28 @@ pub fn run(options: &Options) -> Result<(), Error> {
         Place::Nested { agent: cargo::release("vmm-nested", "l1-agent")? }
     };
     eprintln!("\nvm.toml:\n\n{}", CONFIG.lines().map(|line| format!("    {line}\n")).collect::<String>());
-    let demo = Demo::start(&vmm, &place, &mut progress)?;
+    let mut demo = Demo::start(&vmm, &place, &mut progress)?;
+    eprintln!("\nThe guest's disk is a clone, made on this machine:\n");
+    for step in demo.cloning() {
+        eprintln!("    $ {}\n    {}  ({:.1} ms)", step.command, step.output, step.took.as_secs_f64() * 1e3);
+    }
+    eprintln!();
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() && !options.check {
         eprintln!(
             "The console is the guest's from here on. `poweroff` ends it; Ctrl-] ? tells of the monitor's keys.\n"
         );
         let status = demo.interact()?;
         eprintln!("\r\nThe monitor has ended with {status}.");
+        // Who has ended it before the guest could write anything has seen enough, too.
+        if let Ok(clone) = demo.clone_after() {
+            eprintln!("{clone}.");
+        }
         return Ok(());
     }
     let seen = demo.check(&mut progress)?;
     println!("kernel   {}", seen.kernel);
     println!("disk     {}", seen.disk);
+    println!("clone    {}", seen.clone);
     println!("network  {}", seen.network);
     println!("entropy  {}", seen.entropy);
     println!("The guest has powered off, and the monitor has ended with status 0.");

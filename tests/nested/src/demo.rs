@@ -1,5 +1,5 @@
-//! A guest to look at: stock Linux with a disk and a network card, run from a `vm.toml` that can be shown, on this
-//! machine or in the emulated host.
+//! A guest to look at: stock Linux with a disk, which is a clone of a template, and a network card, run from a `vm.toml`
+//! that can be shown, on this machine or in the emulated host.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use crate::guest::{COMMAND_DEADLINE, Guest};
 use crate::packages::cache_dir;
-use crate::program::find;
+use crate::program::{find, run};
+use crate::template::{self, CLONE, ORIGINAL, Step, TEMPLATE};
 use crate::{Artefacts, Console, Error, L1, Options, Packages, Result, Status};
 
 /// The guest's configuration. The files it names are beside it.
@@ -18,6 +19,8 @@ pub const CONFIG: &str = include_str!("../files/demo.toml");
 
 /// For what takes an emulated machine some time.
 const LONG: Duration = Duration::from_secs(120);
+/// Where the guest's files are in the emulated host.
+const THERE: &str = "/tmp/demo";
 /// How often keys and output are passed on.
 const RELAY: Duration = Duration::from_millis(10);
 
@@ -47,6 +50,47 @@ pub struct Seen {
     pub network: String,
     /// What its entropy device gave, in hexadecimal digits.
     pub entropy: String,
+    /// What became of template and clone.
+    pub clone: String,
+}
+
+/// Where the guest's files are.
+#[derive(Debug)]
+enum Home {
+    Here { vmm: PathBuf, dir: PathBuf },
+    // The host ends with it.
+    There(L1),
+}
+
+impl Home {
+    fn clone_after(&self) -> Result<String> {
+        let same = self.image(&format!("compare {TEMPLATE} {ORIGINAL}"))?;
+        expect("template and the disk that it was made of", "the same", &same)?;
+        let info = self.image(&format!("info {CLONE} --json"))?;
+        let parsed: Option<serde_json::Value> = serde_json::from_str(&info).ok();
+        match parsed.and_then(|info| info["allocated"].as_u64()).map(|own| own >> 20) {
+            Some(own) if own > 0 => {
+                Ok(format!("{TEMPLATE} is what it was; {CLONE} has {own} MiB of its own"))
+            }
+            _ => Err(Error::Unexpected {
+                what: format!("space of {CLONE}"),
+                expected: "what the guest has written".to_owned(),
+                found: info,
+            }),
+        }
+    }
+
+    /// What `vmm image` says of the guest's files.
+    fn image(&self, args: &str) -> Result<String> {
+        match self {
+            Self::Here { vmm, dir } => {
+                let mut command = Command::new(vmm);
+                command.arg("image").args(args.split(' ')).current_dir(dir);
+                Ok(run(&mut command)?.trim().to_owned())
+            }
+            Self::There(host) => host.check(&format!("cd {THERE} && vmm image {args}"), LONG),
+        }
+    }
 }
 
 /// A guest that runs, and where.
@@ -54,8 +98,9 @@ pub struct Seen {
 pub struct Demo {
     console: Console,
     release: String,
+    cloning: Vec<Step>,
     // Declared last: it ends after what runs in it.
-    _host: Option<L1>,
+    home: Home,
 }
 
 impl Demo {
@@ -69,27 +114,51 @@ impl Demo {
         let packages = Packages::get(&cache_dir())?;
         match place {
             Place::Here { dir } => {
-                progress("making the guest's root disk");
+                progress("making a disk, a template of it, and a clone of that for the guest");
                 Artefacts::make(&packages, dir)?;
+                let cloning = template::make(vmm, dir)?;
                 let config = dir.join("vm.toml");
                 fs::write(&config, CONFIG).map_err(Error::file("write", &config))?;
                 progress("starting the guest");
                 let console = Console::start("vmm", here(vmm, dir)?)?;
-                Ok(Self { console, release: packages.release, _host: None })
+                let home = Home::Here { vmm: vmm.to_owned(), dir: dir.clone() };
+                Ok(Self { console, release: packages.release, cloning, home })
             }
             Place::Nested { agent } => {
-                progress("making the guest's root disk, booting an emulated host");
-                let host = L1::boot(&Options::new("demo", agent, Some(vmm)))?;
-                host.write_file("/tmp/demo/vm.toml", CONFIG.as_bytes())?;
-                host.check(
-                    "cd /tmp/demo && ln -s /data/vmlinuz /data/initrd.img . && cp /data/root.ext4 .",
-                    LONG,
-                )?;
+                progress("making a disk, a template of it, and a clone of that for the guest");
+                let cache = cache_dir();
+                let work =
+                    tempfile::tempdir_in(&cache).map_err(Error::file("create a directory in", &cache))?;
+                Artefacts::make(&packages, work.path())?;
+                let cloning = template::make(vmm, work.path())?;
+                progress("booting an emulated host");
+                let mut options = Options::new("demo", agent, Some(vmm));
+                options.files.extend(template::files(work.path()));
+                let host = L1::boot(&options)?;
+                host.write_file(&format!("{THERE}/vm.toml"), CONFIG.as_bytes())?;
+                let files = [ORIGINAL, TEMPLATE, CLONE].map(|name| format!("/data/{name}")).join(" ");
+                let copy = format!("cd {THERE} && ln -s /data/vmlinuz /data/initrd.img . && cp {files} .");
+                host.check(&copy, LONG)?;
                 progress("starting the guest in the emulated host");
-                let console = host.spawn("exec vmm --config /tmp/demo/vm.toml")?;
-                Ok(Self { console, release: packages.release, _host: Some(host) })
+                let console = host.spawn(&format!("exec vmm --config {THERE}/vm.toml"))?;
+                Ok(Self { console, release: packages.release, cloning, home: Home::There(host) })
             }
         }
+    }
+
+    /// How the guest's disk was made, on this machine.
+    #[must_use]
+    pub fn cloning(&self) -> &[Step] {
+        &self.cloning
+    }
+
+    /// What has become of template and clone, once the guest has ended.
+    ///
+    /// # Errors
+    ///
+    /// The template is not what it was, or the guest has written nothing to its clone.
+    pub fn clone_after(&self) -> Result<String> {
+        self.home.clone_after()
     }
 
     /// Waits for the guest's shell, has it show what it can do, and powers it off.
@@ -105,7 +174,7 @@ impl Demo {
         guest.console().send("poweroff\n");
         let status = guest.console().exit_status(LONG)?;
         expect("end of the monitor", &Status::Code(0).to_string(), &status.to_string())?;
-        Ok(seen)
+        Ok(Seen { clone: self.home.clone_after()?, ..seen })
     }
 
     /// Gives the guest's console to whoever sits at this terminal until the monitor ends, and returns how it did.
@@ -114,7 +183,7 @@ impl Demo {
     /// # Errors
     ///
     /// [`Error::Run`] where this is no terminal, [`Error::Gone`] where the emulated host ended.
-    pub fn interact(mut self) -> Result<Status> {
+    pub fn interact(&mut self) -> Result<Status> {
         let terminal = |source| Error::Run { program: "a console on this terminal".to_owned(), source };
         let _raw = RawTerminal::enter().map_err(terminal)?;
         let mut keys = io::stdin().lock();
@@ -178,6 +247,7 @@ fn look(guest: &mut Guest, release: &str) -> Result<Seen> {
         ),
         network: format!("ping 10.77.0.1: {received}"),
         entropy: format!("{entropy} from {source}"),
+        clone: String::new(),
     })
 }
 

@@ -27,6 +27,7 @@ pub mod packages;
 pub mod program;
 pub mod protocol;
 pub mod pty;
+pub mod template;
 pub mod tree;
 
 pub use artefacts::Artefacts;
