@@ -259,7 +259,7 @@ fn wipe_torn(storage: &dyn Storage, path: &Path, header: &Header, block: &Superb
     let generation = block.generation.wrapping_add(1);
     let offset = layout::super_offset(generation);
     let page = read_page(storage, path, "superblocks", offset)?;
-    let sector = [0; SECTOR as usize];
+    let sector = [0; 512];
     if page.starts_with(&sector) || Superblock::decode(&page, header, generation % 2).is_ok() {
         return Ok(());
     }
