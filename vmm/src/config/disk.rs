@@ -19,6 +19,7 @@ const DISK: Keys = Keys {
         "format",
         "cache",
         "queues",
+        "poll_us",
         "on_error",
         "iops",
         "bandwidth",
@@ -32,6 +33,9 @@ const DISK: Keys = Keys {
 const SERIAL_MAX: usize = 20;
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 16;
+/// Longest time that a queue is looked at before its thread sleeps, in microseconds, and that of a disk that does not say.
+const POLL_MAX: u16 = 1000;
+const POLL_DEFAULT: u16 = 50;
 /// Most queues of a disk that does not say how many: each has a thread of the monitor's.
 const QUEUES_DEFAULT_MAX: u16 = 4;
 const IOPS_MAX: u64 = 10_000_000;
@@ -84,6 +88,7 @@ fn disk<'t>(
     let format = reader.parsed(section, "format", str::parse::<Format>);
     let cache = reader.parsed(section, "cache", str::parse::<Cache>);
     let queues = reader.number(section, "queues", 1..=QUEUES_MAX, "of queues");
+    let poll_us = reader.number(section, "poll_us", 0..=POLL_MAX, "of microseconds");
     let on_error = reader.parsed(section, "on_error", |text| match text {
         "report" => Ok(OnError::Report),
         "pause" => Ok(OnError::Pause),
@@ -102,6 +107,7 @@ fn disk<'t>(
         format,
         cache: cache.unwrap_or_default(),
         queues: queues.unwrap_or_else(|| u16::from(cpus).min(QUEUES_DEFAULT_MAX)),
+        poll: Duration::from_micros(poll_us.unwrap_or(POLL_DEFAULT).into()),
         on_error: on_error.unwrap_or_default(),
         limits,
         at_power_off: at_power_off.unwrap_or(AtPowerOff::Ask),

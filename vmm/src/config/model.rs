@@ -103,6 +103,8 @@ pub struct Disk {
     pub cache: Cache,
     /// Number of queues, 1 to 16; by default one for each vCPU, at most 4.
     pub queues: u16,
+    /// For how long at most a queue is looked at before its thread sleeps (`poll_us`): 0 to 1 ms.
+    pub poll: Duration,
     /// What is done about errors of the storage.
     pub on_error: OnError,
     /// The most that the disk does.

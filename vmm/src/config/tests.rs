@@ -57,6 +57,7 @@ serial = "DB0001"
 format = "thin"
 cache = "none"
 queues = 8
+poll_us = 0
 on_error = "pause"
 iops = 500
 bandwidth = "100M"
@@ -85,6 +86,7 @@ output = "file:console.log"
     let disk = &config.disks[0];
     assert_eq!((disk.mode, disk.format, disk.cache), (Mode::Undoable, Some(Format::Thin), Cache::None));
     assert_eq!((disk.queues, disk.on_error, disk.at_power_off), (8, OnError::Pause, AtPowerOff::Commit));
+    assert_eq!((disk.poll, config.disks[1].poll), (Duration::ZERO, Duration::from_micros(50)));
     let limits = Limits { iops: Some(500), bandwidth: Some(100 << 20), burst: Some(Duration::from_secs(2)) };
     assert_eq!(disk.limits, limits);
     let disk = &config.disks[1];
@@ -156,6 +158,7 @@ fn impossible_values_are_refused_with_what_would_be_right() {
         ("[[disk]]\npath = \"a\"\nqueues = 0", "of queues from 1 to 16"),
         ("[[disk]]\npath = \"a\"\nqueues = 17", "of queues from 1 to 16"),
         ("[[disk]]\npath = \"a\"\nqueues = 65537", "of queues from 1 to 16"),
+        ("[[disk]]\npath = \"a\"\npoll_us = 1001", "of microseconds from 0 to 1000"),
         ("[[disk]]\npath = \"a\"\non_error = \"stop\"", "\"pause\""),
         ("[[disk]]\npath = \"a\"\niops = 0", "from 1 to 10000000"),
         ("[[disk]]\npath = \"a\"\niops = \"500\"", "of requests a second from 1"),
@@ -285,6 +288,7 @@ fn line() -> impl Strategy<Value = String> {
         Just("format"),
         Just("cache"),
         Just("queues"),
+        Just("poll_us"),
         Just("on_error"),
         Just("iops"),
         Just("bandwidth"),

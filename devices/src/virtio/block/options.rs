@@ -16,6 +16,9 @@ pub struct BlockOptions {
     /// Number of queues, each served by a thread of its own: from 1 to [`MAX_QUEUES`]; others are taken as the nearer of
     /// the two.
     pub queues: u16,
+    /// For how long at most a thread looks for more requests before it sleeps, if that pays. Not at all on a host with a
+    /// single processor.
+    pub poll: Duration,
     /// How the image was opened.
     pub cache: Cache,
     /// What becomes of a request that fails.
@@ -34,6 +37,7 @@ impl Default for BlockOptions {
             serial: String::new(),
             readonly: false,
             queues: 1,
+            poll: Duration::from_micros(50),
             cache: Cache::default(),
             on_error: OnError::default(),
             limits: Limits::default(),

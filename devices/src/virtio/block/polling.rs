@@ -6,8 +6,6 @@
 
 use std::time::{Duration, Instant};
 
-/// Longest while.
-pub const MOST: Duration = Duration::from_micros(50);
 /// The while to begin with.
 const LEAST: Duration = Duration::from_micros(4);
 
@@ -51,6 +49,8 @@ impl Polling {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MOST: Duration = Duration::from_micros(50);
 
     #[test]
     fn window_grows_with_short_sleeps_and_shrinks_with_long_ones() {

@@ -14,7 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::calls::{Call, Returns};
 use super::mover::{Mover, Progress};
 use super::options::OnError;
-use super::polling::{self, Polling};
+use super::polling::Polling;
 use super::request::{ID_LEN, Request, Shape, Status};
 use super::shared::Shared;
 use super::slot::Slot;
@@ -78,6 +78,8 @@ impl Server {
         let retries = shared.retries.load(Ordering::Acquire);
         Ok(Self {
             queue,
+            // With a single processor, whoever looks for work keeps others from making some.
+            polling: Polling::new(if alone { Duration::ZERO } else { shared.options.poll }),
             shared,
             write_through,
             id,
@@ -92,8 +94,6 @@ impl Server {
             calls: 0,
             returns: Arc::new(Returns::new()?),
             timer: timer()?,
-            // With a single processor, whoever looks for work keeps others from making some.
-            polling: Polling::new(if alone { Duration::ZERO } else { polling::MOST }),
             memory,
         })
     }

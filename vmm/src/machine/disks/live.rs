@@ -64,6 +64,7 @@ pub fn block_options(disk: &Disk, guest: &str, index: usize) -> BlockOptions {
         serial: disk.serial.clone(),
         readonly: disk.readonly,
         queues: disk.queues,
+        poll: disk.poll,
         cache: disk.cache,
         on_error: match disk.on_error {
             OnError::Report => block::OnError::Report,
