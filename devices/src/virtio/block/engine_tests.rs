@@ -448,3 +448,35 @@ fn requests_held_by_a_limit_go_on_by_themselves() {
     // Ten waits of 5 ms each; never less, however slow the machine is.
     assert!(began.elapsed() >= Duration::from_millis(50));
 }
+
+/// Makes `io_uring_setup` fail for this thread and those that it starts, as a filter of system calls does.
+fn refuse_io_uring() {
+    let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+    let is_setup =
+        libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: u32::try_from(libc::SYS_io_uring_setup).unwrap() };
+    let answer = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+    let refuse = answer(libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs());
+    let mut program = [load_number, is_setup, refuse, answer(libc::SECCOMP_RET_ALLOW)];
+    let program = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+    // SAFETY: the calls take integers, and a program that outlives them.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+    }
+}
+
+#[test]
+fn where_io_uring_is_refused_plain_calls_do_it_and_the_disk_says_so() {
+    let refused = || {
+        refuse_io_uring();
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            let options = BlockOptions { queues: 2, ..BlockOptions::default() };
+            let (mut driver, control) = start(make(dir.path(), kind), options);
+            burst(&mut driver, true, 5);
+            burst(&mut driver, false, 5);
+            assert_eq!(control.engine(), "plain");
+        }
+    };
+    std::thread::spawn(refused).join().unwrap();
+}
