@@ -157,7 +157,7 @@ impl Mover {
                 slot.pending = 1;
                 Progress::Pending
             }
-            Err(error) => Progress::Done(Err(error)),
+            Err(_) => Progress::Call,
         }
     }
 
@@ -209,9 +209,7 @@ impl Mover {
         // memory, which the pieces lie in, mapped.
         match unsafe { self.ring.push(operation, token(index, number as u64)) } {
             Ok(()) => slot.pending += 1,
-            Err(error) => {
-                slot.error.get_or_insert(error);
-            }
+            Err(_) => slot.anew = true,
         }
     }
 
@@ -223,35 +221,12 @@ impl Mover {
             let index = u16::try_from(token & 0xffff).unwrap_or(u16::MAX);
             let Some(slot) = slots.get_mut(usize::from(index)) else { continue };
             slot.pending = slot.pending.saturating_sub(1);
-            self.came_back(index, slot, token >> 16, result);
+            came_back(slot, token >> 16, result);
             if let Some(progress) = self.finished(slot) {
                 each(index, progress);
             }
         }
         self.done = done;
-    }
-
-    fn came_back(&mut self, index: u16, slot: &mut Slot, number: u64, result: i32) {
-        let moved = u64::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
-        if number == NO_SEGMENT {
-            if let Err(error) = moved {
-                slot.error.get_or_insert(error);
-            }
-            return;
-        }
-        let number = usize::try_from(number).unwrap_or(usize::MAX);
-        let Some(segment) = slot.segments.get(number) else { return };
-        match moved {
-            Ok(moved) if moved == segment.len => {}
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
-                self.queue(index, slot, number);
-            }
-            // The rest, or what keeps it from being moved, is found by a call.
-            Ok(_) => slot.anew = true,
-            Err(error) => {
-                slot.error.get_or_insert(error);
-            }
-        }
     }
 
     /// What became of a slot's request, if nothing of it is in flight.
@@ -268,6 +243,23 @@ impl Mover {
             None if std::mem::take(&mut slot.anew) => Progress::Call,
             None => Progress::Done(Ok(())),
         })
+    }
+}
+
+/// Notes what an operation has come to.
+fn came_back(slot: &mut Slot, number: u64, result: i32) {
+    let segment = usize::try_from(number).ok().and_then(|number| slot.segments.get(number));
+    let wanted = if number == NO_SEGMENT { 0 } else { segment.map_or(0, |segment| segment.len) };
+    match u64::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)) {
+        Ok(moved) if moved == wanted => {}
+        // The rest, or what keeps it from being moved, is found by a call.
+        Ok(_) => slot.anew = true,
+        Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+            slot.anew = true;
+        }
+        Err(error) => {
+            slot.error.get_or_insert(error);
+        }
     }
 }
 

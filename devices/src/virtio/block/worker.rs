@@ -19,7 +19,6 @@ use super::request::{ID_LEN, Request, Shape, Status};
 use super::shared::Shared;
 use super::slot::Slot;
 use crate::GuestRam;
-use crate::virtio::chain::Error;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::{Poll, Work};
 
@@ -30,6 +29,8 @@ const TIMER: u64 = 3;
 
 /// Most requests taken before those that are done are looked for.
 const BATCH: usize = 32;
+/// No more are taken with those that have so many bytes together: a pause waits for what was taken.
+const BATCH_BYTES: usize = 8 << 20;
 /// After so long, others on this thread, a pause among them, get their turn.
 const TIME: Duration = Duration::from_millis(10);
 
@@ -183,10 +184,11 @@ impl Server {
                 break;
             }
             let taken = self.pop(if limited { 1 } else { left });
-            if taken == 0 {
+            left -= taken;
+            // With one of many at a time there may be more; else there are none, or enough for now.
+            if taken == 0 || !limited {
                 break;
             }
-            left -= taken;
         }
         left < BATCH
     }
@@ -195,7 +197,7 @@ impl Server {
     fn pop(&mut self, most: usize) -> usize {
         let memory = self.memory();
         let room = self.mover.as_ref().map_or(usize::MAX, Mover::room);
-        let mut bad: Option<(u16, Error)> = None;
+        let (mut bad, mut bytes) = (None, 0_usize);
         let (slots, unused, popped) = (&mut self.slots, &mut self.unused, &mut self.popped);
         let size = usize::from(self.queue.size());
         // A driver can make the same chain available again before it has it back.
@@ -218,7 +220,12 @@ impl Server {
                 bad = Some((head, error));
                 return ControlFlow::Break(());
             }
-            if popped.len() < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            bytes = bytes.saturating_add(slot.chain.readable.len()).saturating_add(slot.chain.writable.len());
+            if popped.len() < most && bytes < BATCH_BYTES {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
         });
         let mut popped = std::mem::take(&mut self.popped);
         let count = popped.len();
@@ -311,19 +318,15 @@ impl Server {
     fn flush(&mut self, index: u16) {
         let file = self.image.as_ref().and_then(|image| image.flush_is_sync_of());
         let slot = self.slots.get_mut(usize::from(index));
-        match (file, &mut self.mover, slot) {
-            (Some(file), Some(mover), Some(slot)) => {
-                if let Progress::Done(Err(error)) = mover.sync(index, slot, file) {
-                    self.failed(index, &error);
-                }
-            }
-            (.., Some(_)) => {
-                let call = Call { request: Request::Flush, data: Vec::new(), then_flush: false };
-                // Then nothing is waited for.
-                let is_quick = self.shared.options.cache == Cache::Unsafe;
-                self.make(index, call, is_quick);
-            }
-            _ => {}
+        let progress = match (file, &mut self.mover, slot) {
+            (Some(file), Some(mover), Some(slot)) => mover.sync(index, slot, file),
+            _ => Progress::Call,
+        };
+        if let Progress::Call = progress {
+            let call = Call { request: Request::Flush, data: Vec::new(), then_flush: false };
+            // Then nothing is waited for.
+            let is_quick = self.shared.options.cache == Cache::Unsafe;
+            self.make(index, call, is_quick);
         }
     }
 
