@@ -35,7 +35,7 @@ pub fn pattern(seed: u64, len: u64) -> Vec<u8> {
 pub fn make(path: &Path, format: &str, size: u64) {
     match format {
         "flat" => File::create_new(path).unwrap().set_len(size).unwrap(),
-        _ => drop(image(&["create", at(path), "--size", &format!("{}K", size >> 10)])),
+        _ => drop(image(&["create", at(path), "--size", &format!("{}K", size >> 10), "--format", format])),
     }
 }
 

@@ -30,7 +30,7 @@ fn redo(path: &Path) -> std::path::PathBuf {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn redo_log_is_committed_while_the_guest_writes() {
-    for (format, mode) in [("flat", "undoable"), ("thin", "append")] {
+    for (format, mode) in [("flat", "undoable"), ("thin", "append"), ("qcow2", "append")] {
         let (setup, path) = with_disk(SERVE, format, SPAN, &format!("mode = \"{mode}\""));
         let mut guest = Serving::start(setup);
         guest.write(1);

@@ -18,7 +18,7 @@ fn zeroes() -> Vec<u8> {
 }
 
 /// An image of each format.
-const FORMATS: [&str; 2] = ["flat", "thin"];
+const FORMATS: [&str; 3] = ["flat", "thin", "qcow2"];
 
 #[test]
 #[ignore = "needs /dev/kvm"]
