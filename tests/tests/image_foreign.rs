@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vmm_tests::disks::{SERVE, SPAN, Serving, at, try_image, with_disk};
 use vmm_tests::guest;
 
 struct Place(TempDir);
@@ -215,4 +216,42 @@ fn qcow2_in_use_by_qemu_is_refused_and_the_other_way_round() {
     drop(qemu.stdin.take());
     qemu.wait().unwrap();
     place.ok("convert a.qcow2 b.img --format thin");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm, qemu-img"]
+fn monitor_killed_while_its_guest_writes_leaves_a_sound_qcow2_disk() {
+    for pause in [2, 5, 11, 23] {
+        let (setup, path) = with_disk(SERVE, "qcow2", SPAN, "");
+        let mut guest = Serving::start(setup.clone());
+        if pause % 2 == 1 {
+            guest.write(1);
+        }
+        guest.0.send(b"write 2\n").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        guest.0.kill().unwrap();
+        // What the kernel still had to do for the process that was killed holds its files a little longer.
+        let wait = std::time::Duration::from_millis(10);
+        for _ in 0..1000 {
+            if try_image(&["map", at(&path)]).status.success() {
+                break;
+            }
+            std::thread::sleep(wait);
+        }
+        let check = Command::new("qemu-img").args(["check", "-f", "qcow2", at(&path)]).output().unwrap();
+        // 3 is leaked clusters.
+        let said = String::from_utf8_lossy(&check.stdout).into_owned();
+        assert!(
+            matches!(check.status.code(), Some(0 | 3)),
+            "{said}{}",
+            String::from_utf8_lossy(&check.stderr)
+        );
+        // And it is a disk as before.
+        let mut guest = Serving::start(setup);
+        guest.write(3);
+        guest.reads(Some(3));
+        assert_eq!(guest.end(), 0);
+        let check = Command::new("qemu-img").args(["check", "-f", "qcow2", at(&path)]).output().unwrap();
+        assert!(matches!(check.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&check.stdout));
+    }
 }

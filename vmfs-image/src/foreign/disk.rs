@@ -19,6 +19,9 @@ use crate::image::{Image, SECTOR};
 use crate::open::Alignment;
 use crate::transfer;
 
+/// The most that is read at once, in bytes: the largest L1 table.
+const MOST: usize = 32 << 20;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -50,6 +53,7 @@ pub(super) struct Plain {
 impl Plain {
     /// Bytes of the file, however direct I/O wants them; zeroes past its end.
     pub(super) fn bytes(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        check_place(offset, len)?;
         let block = self.direct.map_or(1, |direct| u64::from(direct.file));
         let from = offset - offset % block;
         let to = (offset + len as u64).next_multiple_of(block);
@@ -64,6 +68,7 @@ impl Plain {
     pub(super) fn set_bytes(&self, offset: u64, new: &[u8]) -> io::Result<()> {
         #[cfg(test)]
         super::tests::record(|| super::tests::Step::Write(offset, new.to_vec()));
+        check_place(offset, new.len())?;
         let Some(direct) = self.direct else { return self.file.write_all_at(new, offset) };
         let block = u64::from(direct.file);
         let from = offset - offset % block;
@@ -101,6 +106,14 @@ impl Plain {
         }
         Ok(())
     }
+}
+
+/// Refuses what is no place in a file, or more than a table has: what says where may come from a guest.
+fn check_place(offset: u64, len: usize) -> io::Result<()> {
+    if offset > 1 << 62 || len > MOST {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a table is where none can be"));
+    }
+    Ok(())
 }
 
 fn read_or_zero(file: &File, offset: u64, into: &mut [u8]) -> io::Result<()> {

@@ -202,8 +202,11 @@ impl State {
         let old = std::mem::replace(&mut self.layout, layout);
         if old.table != self.layout.table {
             // The library has written it, and everything that it counts, by now.
-            let table = read_entries(plain, &self.layout.table)?;
-            self.blocks = table.into_iter().map(|entry| entry & BLOCK_OFFSET).filter(|at| *at > 0).collect();
+            let table = &self.layout.table;
+            let len = usize::try_from(table.end - table.start).map_err(io::Error::other)?;
+            let table = plain.bytes(table.start, len)?;
+            let table = table.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry));
+            self.blocks = table.map(|entry| entry & BLOCK_OFFSET).filter(|at| *at > 0).collect();
         }
         if old.l1 != self.layout.l1 {
             let clusters =
@@ -223,10 +226,11 @@ impl State {
         if block == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a new cluster has no refcount"));
         }
-        let mut bytes = plain.bytes(block + place.byte, place.width)?;
+        let at = block.saturating_add(place.byte);
+        let mut bytes = plain.bytes(at, place.width)?;
         if place.get(&bytes) == 0 {
             place.set_one(&mut bytes);
-            plain.set_bytes(block + place.byte, &bytes)?;
+            plain.set_bytes(at, &bytes)?;
             self.late.counts = true;
         }
         Ok(())
@@ -235,12 +239,6 @@ impl State {
 
 fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
     one.start < other.end && other.start < one.end
-}
-
-fn read_entries(plain: &Plain, table: &Range<u64>) -> io::Result<Vec<u64>> {
-    let bytes =
-        plain.bytes(table.start, usize::try_from(table.end - table.start).map_err(io::Error::other)?)?;
-    Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect())
 }
 
 /// Those entries of a table that `bytes`, about to be written to `offset`, make point somewhere else: index, from where, and

@@ -11,6 +11,8 @@ use crate::image::{MAX_SIZE, SECTOR};
 pub(super) const MAX_L1: u64 = 4 << 20;
 /// Largest refcount table in bytes, as in QEMU.
 const MAX_TABLE: u64 = 8 << 20;
+/// Largest that the library makes it: as many entries as the L1 table may have.
+const TABLE_LIMIT: u64 = 32 << 20;
 /// Longest name of a backing, in bytes.
 const MAX_NAME: usize = 1023;
 
@@ -99,16 +101,19 @@ impl Layout {
         1 << self.cluster_bits
     }
 
-    /// As a header says that is being written; `None` if it is too short to say so.
+    /// As a header says that is being written; `None` where it says nothing that could be. That is what a guest has written, whose
+    /// image from elsewhere has led it there.
     pub(super) fn moved(&self, header: &[u8]) -> Option<Self> {
         if header.len() < 60 {
             return None;
         }
-        let l1 = number(header, 40, 8);
-        let table = number(header, 48, 8);
+        let range = |at: u64, len: u64, most: u64| {
+            let is_one = len <= most && at.is_multiple_of(self.cluster());
+            at.checked_add(len).filter(|end| is_one && *end < 1 << 62).map(|end| at..end)
+        };
         Some(Self {
-            l1: l1..l1.checked_add(8 * number(header, 36, 4))?,
-            table: table..table.checked_add(number(header, 56, 4) << self.cluster_bits)?,
+            l1: range(number(header, 40, 8), 8 * number(header, 36, 4), 8 * MAX_L1)?,
+            table: range(number(header, 48, 8), number(header, 56, 4) << self.cluster_bits, TABLE_LIMIT)?,
             ..self.clone()
         })
     }

@@ -188,3 +188,45 @@ fn table_of_feature_names_that_is_cut_off_is_refused() {
         assert!(refused.contains("is cut off"), "{refused}");
     }
 }
+
+#[test]
+fn guest_that_an_image_lets_write_over_the_header_gets_errors_at_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let sound = sound();
+    let l1 = number(&sound, 40, 8);
+    let l2 = number(&sound, l1, 8) & 0xffff_ffff;
+    // Where the tables are, as the guest says; how large; and what stands in the cluster otherwise.
+    let (all, one) = (u64::from(u32::MAX), 1);
+    for (place, entries, clusters, rest) in [
+        (u64::MAX - 511, all, all, 0xff),
+        (1 << 61, all, one, 0xff),
+        (0, 4 << 20, one, 0),
+        (512, all, all, 0xee),
+        (1 << 40, 64, 64, 1),
+        (777, 64, 64, 0x80),
+    ] {
+        let mut bytes = sound.clone();
+        // Compressed data that lies where the header is: once it is written over, the header's cluster is free.
+        put(&mut bytes, l2 + 8 * 20, 8, 1 << 62);
+        std::fs::write(&path, &bytes).unwrap();
+        let image = open(&path, true).unwrap();
+        let mut header = vec![rest; CLUSTER];
+        put(&mut header, 40, 8, place);
+        put(&mut header, 36, 4, entries);
+        put(&mut header, 48, 8, place);
+        put(&mut header, 56, 4, clusters);
+        let mut refused = false;
+        for cluster in (20..60).chain(120..128) {
+            refused |= write(&*image, cluster * 512, &header).is_err();
+            if cluster % 7 == 0 {
+                let _ = image.flush();
+            }
+        }
+        assert!(refused || std::fs::read(&path).unwrap()[..CLUSTER] == header, "the guest has not got there");
+        let _ = image.grow(1 << 20);
+        let _ = image.write_zeroes(0, 64 << 10, true);
+        drop(image);
+        let _ = open(&path, true);
+    }
+}
