@@ -95,14 +95,18 @@ fn run(path: &Path, random: &mut Random, changes: usize) -> (Vec<Step>, Vec<Flus
     (steps, flushed)
 }
 
+/// `qemu-img` finds it sound, but for leaked clusters.
+fn qemu_check(path: &Path, what: &str) {
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let check = try_qemu_img(path.parent().unwrap(), &format!("check -f qcow2 {name}"));
+    let said = String::from_utf8_lossy(&check.stdout).into_owned() + &String::from_utf8_lossy(&check.stderr);
+    assert!(matches!(check.status.code(), Some(0 | 3)), "{what}: {said}");
+}
+
 /// The image opens, `qemu-img` finds it sound but for leaked clusters, and it holds what was flushed where nothing was done
 /// since; it can be written to, and is sound then too.
 fn examine(path: &Path, flushed: &Flushed, what: &str) {
-    let dir = path.parent().unwrap();
-    let name = path.file_name().unwrap().to_str().unwrap();
-    let check = try_qemu_img(dir, &format!("check -f qcow2 {name}"));
-    let said = String::from_utf8_lossy(&check.stdout).into_owned() + &String::from_utf8_lossy(&check.stderr);
-    assert!(matches!(check.status.code(), Some(0 | 3)), "{what}: {said}");
+    qemu_check(path, what);
     let image = open(path, true);
     let found = contents(&*image);
     for (sector, (found, old)) in found.chunks(512).zip(flushed.bytes.chunks(512)).enumerate() {
@@ -120,8 +124,7 @@ fn examine(path: &Path, flushed: &Flushed, what: &str) {
     wanted[64 << 10..96 << 10].copy_from_slice(&fresh);
     assert!(contents(&*image) == wanted, "{what}");
     drop(image);
-    let check = try_qemu_img(dir, &format!("check -f qcow2 {name}"));
-    assert!(matches!(check.status.code(), Some(0 | 3)), "{what}, and written to");
+    qemu_check(path, what);
 }
 
 fn crash(options: &str, seed: u64, power: bool) {
@@ -181,5 +184,32 @@ fn end_of_the_host_leaves_a_sound_image_with_all_that_was_flushed_whatever_else_
         ("cluster_size=4K,refcount_bits=64", 6),
     ] {
         crash(options, seed, true);
+    }
+}
+
+#[test]
+#[ignore = "needs qemu-img"]
+fn freed_cluster_becomes_no_table_while_the_file_still_has_it_as_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, at) = (dir.path().join("image"), dir.path().join("at"));
+    crate::foreign::create(&path, SIZE, 512).unwrap();
+    let image = open(&path, true);
+    write(&*image, 0, &[1; 4096]).unwrap();
+    drop(image);
+    std::fs::copy(&path, dir.path().join("before")).unwrap();
+    recording(true);
+    let image = open(&path, true);
+    image.discard(512, 512).unwrap();
+    // The first of what another L2 table is for.
+    write(&*image, 64 << 10, &[2; 512]).unwrap();
+    image.flush().unwrap();
+    let steps = recording(false);
+    drop(image);
+    assert!(steps.len() > 4, "{steps:?}");
+    for cut in 0..=steps.len() {
+        std::fs::copy(dir.path().join("before"), &at).unwrap();
+        let file = File::options().write(true).open(&at).unwrap();
+        steps[..cut].iter().for_each(|step| apply(&file, step));
+        qemu_check(&at, &format!("{cut} of {steps:?}"));
     }
 }
