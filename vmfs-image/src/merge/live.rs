@@ -24,7 +24,7 @@ use crate::open::OpenOptions;
 use crate::overlay::{self, refuse_marked};
 use crate::redo::{merging_path, new_path, redo_path};
 use crate::snapshot::{self, Deletion, Prepared};
-use crate::steps::{self, failed, is_same};
+use crate::steps::{self, failed};
 use crate::thin::Thin;
 
 /// So little is written while the guest waits, in bytes.
@@ -196,6 +196,11 @@ impl ActiveCommit {
         } else {
             snapshot::steps_of(path)
         };
+        // What is merged already lies between in memory only, where it could not be exchanged.
+        let below = match below.backing() {
+            Some(lower) if is_gone(&**below) => lower,
+            _ => below,
+        };
         // What a commit that was cut off has left between, or this very image.
         let middle = overlay::is_at(&**below, &frozen.0).then(|| Arc::clone(below));
         let base = middle.as_ref().map_or(Some(below), |middle| middle.backing());
@@ -204,7 +209,8 @@ impl ActiveCommit {
         };
         let file = if is_log { redo_path(path) } else { path.clone() };
         overlay::refuse_other(&file, &**image)?;
-        if middle.is_none() && is_same(&file, &frozen.0) {
+        // What was between and is merged, or a second name of this very image.
+        if middle.is_none() && top.noted_backing().is_none_or(|noted| noted.path != frozen.1) {
             steps::remove(&frozen.0)?;
         }
         let goal = if is_log {
@@ -307,6 +313,12 @@ impl ActiveCommit {
             }
         }
     }
+}
+
+/// Whether the file of an image has no name any more.
+fn is_gone(image: &dyn Image) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    image.files().first().is_some_and(|file| file.metadata().is_ok_and(|about| about.nlink() == 0))
 }
 
 fn give_up(base: &dyn Image) {

@@ -367,8 +367,9 @@ fn commit_under_a_guest_is_refused_where_it_would_cost_others() {
     redo::discard(&path).unwrap();
 }
 
-/// Runs a commit under a guest that is killed after so many steps, and checks that nothing is lost. Gives whether it ended first.
-fn killed_after(steps_done: usize, format: Format, mode: Mode) -> bool {
+/// Runs a commit under a guest that is killed after so many steps, and checks that nothing is lost; it is finished under the
+/// guest that comes back, or without it. Gives whether it ended first.
+fn killed_after(steps_done: usize, format: Format, mode: Mode, comes_back: bool) -> bool {
     let (dir, path) = disk(format);
     if mode == Mode::Persistent {
         snapshot::create(&path, "a", &About::default()).unwrap();
@@ -387,8 +388,7 @@ fn killed_after(steps_done: usize, format: Format, mode: Mode) -> bool {
     drop(image);
     let mut guest = Guest::new(&path, mode);
     assert!(guest.model == model, "cut at {steps_done}: something is lost");
-    // The guest comes back, and its commit is finished under it, or without it.
-    if steps_done.is_multiple_of(2) {
+    if comes_back {
         guest.work();
         let mut job = ActiveCommit::start(&path, &guest.image, &writable());
         if let Ok(job) = &mut job {
@@ -423,7 +423,47 @@ fn killed_after(steps_done: usize, format: Format, mode: Mode) -> bool {
 fn guest_killed_at_any_step_of_a_commit_under_it_loses_nothing() {
     for format in FORMATS {
         for mode in [Mode::Undoable, Mode::Persistent] {
-            let ended = (0..200).find(|steps_done| killed_after(*steps_done, format, mode));
+            for comes_back in [false, true] {
+                let ended = (0..200).find(|steps_done| killed_after(*steps_done, format, mode, comes_back));
+                assert!(ended.is_some_and(|steps| steps > 5), "{ended:?}");
+            }
+        }
+    }
+}
+
+/// Runs a commit under a guest which fails after so many steps, and once more under the same guest, which has not been started
+/// anew. Gives whether it ended first.
+fn failed_after(steps_done: usize, format: Format, mode: Mode) -> bool {
+    let (_dir, path) = disk(format);
+    if mode == Mode::Persistent {
+        snapshot::create(&path, "a", &About::default()).unwrap();
+    }
+    let mut guest = Guest::new(&path, mode);
+    guest.work();
+    let ended = steps::cut::after(steps_done, || {
+        let mut job = ActiveCommit::start(&path, &guest.image, &writable())?;
+        guest.drive(&mut job)
+    });
+    guest.work();
+    guest.check();
+    match ActiveCommit::start(&path, &guest.image, &writable()) {
+        Ok(mut job) => guest.drive(&mut job).unwrap(),
+        Err(error) => assert!(ended.is_ok(), "cut at {steps_done}: {error} {mode} {format}"),
+    }
+    guest.work();
+    guest.check();
+    let Guest { image, model, .. } = guest;
+    image.flush().unwrap();
+    drop(image);
+    assert!(Guest::new(&path, mode).model == model, "cut at {steps_done}: something is lost");
+    ended.is_ok()
+}
+
+#[test]
+fn commit_that_failed_at_any_step_under_a_guest_is_made_again_under_it() {
+    for format in FORMATS {
+        for mode in [Mode::Undoable, Mode::Persistent] {
+            let ended = (0..200).find(|steps_done| failed_after(*steps_done, format, mode));
             assert!(ended.is_some_and(|steps| steps > 5), "{ended:?}");
         }
     }

@@ -147,17 +147,20 @@ impl Jobs {
 
     /// Does all of a job, or as much as there is until it is cancelled. Says whether that was all.
     fn work(&self, id: u64, disk: &LiveDisk, cancel: &Cancel, job: &mut dyn Job) -> Result<bool, Error> {
+        if cancel.is_asked() {
+            return Ok(false);
+        }
         loop {
-            if cancel.is_asked() {
-                return Ok(false);
-            }
             let began = Instant::now();
             match job.step(STEP)? {
                 Next::Step => {
                     self.note(id, job.progress());
                     cancel.rest((began.elapsed() / 2).min(REST));
+                    if cancel.is_asked() {
+                        return Ok(false);
+                    }
                 }
-                Next::Switch if cancel.is_asked() => return Ok(false),
+                // What is merged by then is not to stay between, and after the last there is nothing to cancel.
                 Next::Switch => disk.exchange(|| job.switch())?,
                 Next::Done => return Ok(true),
             }
