@@ -11,6 +11,8 @@ use std::time::Duration;
 use vmfs_image::{Cache, Format};
 
 pub use api::AtPowerOff;
+pub use devices::virtio::block::OnError;
+pub use vmfs_image::redo::Mode;
 
 /// A guest as its `vm.toml` describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -111,54 +113,6 @@ pub struct Disk {
     pub limits: Limits,
     /// What becomes of the redo log of an undoable disk at power-off.
     pub at_power_off: AtPowerOff,
-}
-
-/// `disk.mode`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Mode {
-    /// It goes into the image.
-    #[default]
-    Persistent,
-    /// It is thrown away when the guest powers off.
-    Nonpersistent,
-    /// It goes into a redo log, about which is decided at power-off.
-    Undoable,
-    /// It goes into a redo log that stays until it is committed or discarded by command.
-    Append,
-}
-
-impl Mode {
-    /// The name it has in `vm.toml`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Persistent => "persistent",
-            Self::Nonpersistent => "nonpersistent",
-            Self::Undoable => "undoable",
-            Self::Append => "append",
-        }
-    }
-}
-
-/// `disk.on_error`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OnError {
-    /// The guest gets the error.
-    #[default]
-    Report,
-    /// The request waits, and those after it, until somebody lets them be tried again.
-    Pause,
-}
-
-impl OnError {
-    /// The name it has in `vm.toml`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Report => "report",
-            Self::Pause => "pause",
-        }
-    }
 }
 
 /// `disk.iops`, `disk.bandwidth` and `disk.burst`

@@ -63,6 +63,17 @@ pub enum OnError {
     Pause,
 }
 
+impl OnError {
+    /// The name it has in `vm.toml`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Pause => "pause",
+        }
+    }
+}
+
 /// By what means data are moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Engine {

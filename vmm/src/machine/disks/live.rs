@@ -15,7 +15,7 @@ use vmfs_image::{Error, Image, Run, RunKind};
 use super::gone::Gone;
 use super::open::{Medium, Wanted};
 use super::power_off::Log;
-use crate::config::model::{Disk, Limits, Mode, OnError};
+use crate::config::model::{Disk, Limits, Mode};
 
 /// A disk.
 #[derive(Debug)]
@@ -66,10 +66,7 @@ pub fn block_options(disk: &Disk, guest: &str, index: usize) -> BlockOptions {
         queues: disk.queues,
         poll: disk.poll,
         cache: disk.cache,
-        on_error: match disk.on_error {
-            OnError::Report => block::OnError::Report,
-            OnError::Pause => block::OnError::Pause,
-        },
+        on_error: disk.on_error,
         limits: device_limits(disk.limits),
         events: Arc::new(Events { guest: guest.to_owned(), index }),
         ..BlockOptions::default()

@@ -57,7 +57,7 @@ impl Wanted {
             ..OpenOptions::default()
         };
         let is_new = has_log(self.mode) && redo::pending(&self.path).is_none();
-        let opened = redo::open(&self.path, mode(self.mode), &options);
+        let opened = redo::open(&self.path, self.mode, &options);
         if is_new {
             fresh.0.push(self.path.clone());
         }
@@ -85,15 +85,6 @@ impl Fresh {
 /// Whether what the guest writes goes to a log that has a name.
 pub fn has_log(mode: Mode) -> bool {
     matches!(mode, Mode::Undoable | Mode::Append)
-}
-
-fn mode(mode: Mode) -> redo::Mode {
-    match mode {
-        Mode::Persistent => redo::Mode::Persistent,
-        Mode::Nonpersistent => redo::Mode::Nonpersistent,
-        Mode::Undoable => redo::Mode::Undoable,
-        Mode::Append => redo::Mode::Append,
-    }
 }
 
 /// The key of the configuration that `error` is about, with which the disk `wanted` did not open.
