@@ -62,6 +62,13 @@ fn start(image: Arc<dyn Image>, options: BlockOptions) -> (Driver, BlockControl)
     (Driver::new(Box::new(block)), control)
 }
 
+/// For a driver that knows no flush.
+fn start_without_flush(image: Arc<dyn Image>, options: BlockOptions) -> (Driver, BlockControl) {
+    let (block, control) = Block::new(image, options);
+    let features = block.features() & !(1 << VIRTIO_BLK_F_FLUSH);
+    (Driver::with_features(Box::new(block), features), control)
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write {
@@ -134,11 +141,12 @@ fn forget(image: &dyn Image) {
     }
 }
 
-fn run(kind: Kind, engine: Engine, steps: &[Step]) {
+fn run(kind: Kind, engine: Engine, flushes: bool, steps: &[Step]) {
     let dir = tempfile::tempdir().unwrap();
     let image = make(dir.path(), kind);
     let first = if matches!(kind, Kind::Overlay) { 1 } else { 0 };
     let mut model = vec![first; usize::try_from(DISK).unwrap()];
+    let start = if flushes { start } else { start_without_flush };
     let (mut driver, control) =
         start(image.clone(), BlockOptions { queues: 3, engine, ..BlockOptions::default() });
     for step in steps {
@@ -204,9 +212,10 @@ proptest! {
     #[test]
     fn every_image_holds_what_was_written_by_whatever_way(
         kind in prop::sample::select(&KINDS[..]), plain in prop::bool::weighted(0.25),
+        flushes in prop::bool::weighted(0.7),
         steps in prop::collection::vec(step(), 1..60),
     ) {
-        run(kind, if plain { Engine::Plain } else { Engine::Auto }, &steps);
+        run(kind, if plain { Engine::Plain } else { Engine::Auto }, flushes, &steps);
     }
 }
 
@@ -270,6 +279,26 @@ fn requests_at_the_same_time_are_answered_each_with_its_own_data() {
                 "{kind:?} {engine:?}"
             );
             assert_eq!(control.engine(), if engine == Engine::Plain { "plain" } else { "io_uring" });
+        }
+    }
+}
+
+#[test]
+fn writes_of_a_driver_that_knows_no_flush_are_answered_whatever_the_way() {
+    for kind in KINDS {
+        for engine in [Engine::Auto, Engine::Plain] {
+            let dir = tempfile::tempdir().unwrap();
+            let image = make(dir.path(), kind);
+            let (mut driver, control) =
+                start_without_flush(image.clone(), BlockOptions { engine, ..BlockOptions::default() });
+            burst(&mut driver, true, 5);
+            burst(&mut driver, true, 5);
+            burst(&mut driver, false, 5);
+            assert_eq!(
+                (control.counters().writes, control.counters().flushes),
+                (10, 0),
+                "{kind:?} {engine:?}"
+            );
         }
     }
 }

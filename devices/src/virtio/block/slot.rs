@@ -43,6 +43,8 @@ pub struct Slot {
     pub error: Option<io::Error>,
     /// Has to be done anew, by a call that waits.
     pub anew: bool,
+    /// Its data are written, and are being made stable for a driver that knows no flush.
+    pub settles: bool,
 }
 
 // SAFETY: what makes it otherwise are pointers into guest memory, which is there for every thread; whoever has the slot

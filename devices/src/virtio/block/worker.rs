@@ -272,6 +272,7 @@ impl Server {
     /// Begins the request in a slot.
     fn begin(&mut self, index: u16) {
         let Some(slot) = self.slots.get_mut(usize::from(index)) else { return };
+        slot.settles = false;
         match (&slot.request, &mut self.mover) {
             (Request::Refused(status), _) => {
                 let status = *status;
@@ -301,11 +302,10 @@ impl Server {
             Progress::Call => self.call(index),
             Progress::Done(Err(error)) => self.failed(index, &error),
             Progress::Done(Ok(())) => {
-                let is_write = self
-                    .slots
-                    .get(usize::from(index))
-                    .is_some_and(|slot| matches!(slot.request, Request::Write(_)));
-                if is_write && self.write_through {
+                let Some(slot) = self.slots.get_mut(usize::from(index)) else { return };
+                let is_written = matches!(slot.request, Request::Write(_)) && !slot.settles;
+                if is_written && self.write_through {
+                    slot.settles = true;
                     self.flush(index);
                 } else {
                     self.answer(index, Status::Ok);
