@@ -8,6 +8,8 @@
 //! ```
 
 pub mod client;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod http;
 pub mod server;
 mod types;

@@ -9,7 +9,7 @@ use vm_memory::VolatileSlice;
 use vmfs_image::{Format, Image, OpenOptions};
 
 /// A directory in memory that is this process's own. Backing files would be looked for in it.
-fn directory() -> &'static PathBuf {
+pub fn directory() -> &'static PathBuf {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
         let path = PathBuf::from(format!("/dev/shm/vmm-fuzz-{}", std::process::id()));

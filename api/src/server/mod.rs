@@ -112,6 +112,32 @@ impl Drop for Server {
     }
 }
 
+/// What a connection does with the bytes that come, without a socket and without waiting.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn converse(mut bytes: &[u8], control: &dyn Control) -> Vec<u8> {
+    let mut answers = Vec::new();
+    loop {
+        let (request, len) = match request::parse(bytes) {
+            Ok(Some(found)) => found,
+            Ok(None) => return answers,
+            Err(answer) => {
+                answers.extend(answer.encode(false, true));
+                return answers;
+            }
+        };
+        let rest = &bytes[len..];
+        let Some((body, rest)) = usize::try_from(request.body).ok().and_then(|len| rest.split_at_checked(len))
+        else {
+            return answers;
+        };
+        answers.extend(request.perform(control, body).encode(request.is_head(), request.close));
+        if request.close {
+            return answers;
+        }
+        bytes = rest;
+    }
+}
+
 /// The thread that takes connections.
 struct Acceptor {
     listener: UnixListener,

@@ -251,7 +251,7 @@ impl Thin {
         self.change(
             |state| {
                 let end = state.space.end;
-                let least = end.max(super::open::least(state.cluster()));
+                let least = end.max(super::open::least(state.cluster(), state.size));
                 if max_size.is_some_and(|max| max < least) {
                     let text = format!("max_size has to be {least} bytes at least, what the image takes");
                     return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -400,7 +400,11 @@ impl Image for Thin {
             |state| {
                 let old = state.size;
                 let entries = layout::root_entries(size, state.bits);
+                let roots = 2 * layout::list_bytes(entries);
                 let entries = usize::try_from(entries).map_err(io::Error::other)?;
+                if entries > state.tree.root.len() && state.space.available() < roots {
+                    return Err(super::state::quota());
+                }
                 state.size = size;
                 state.tree.root.resize_with(entries, Default::default);
                 Ok(old)

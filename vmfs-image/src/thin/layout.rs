@@ -191,6 +191,11 @@ pub(crate) fn super_offset(generation: u64) -> u64 {
     PAGE_U64 * (1 + generation % 2)
 }
 
+/// The generation that the page of a superblock says.
+pub(crate) fn generation(page: &[u8; PAGE]) -> u64 {
+    u64_at(page, 8)
+}
+
 /// The checksum that everything has.
 pub(crate) fn checksum(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes)

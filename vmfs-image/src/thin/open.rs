@@ -57,8 +57,9 @@ impl Create {
             return Err("a cluster has from 64 KiB (2 to the power of 16) to 2 MiB (21)".to_owned());
         }
         let cluster = 1 << self.cluster_bits;
-        if self.max_size.is_some_and(|max| max < least(cluster)) {
-            return Err(format!("max_size has to be {} bytes at least", least(cluster)));
+        let least = least(cluster, size);
+        if self.max_size.is_some_and(|max| max < least) {
+            return Err(format!("max_size has to be {least} bytes at least for a disk of that size"));
         }
         let backing = match &self.backing {
             None => None,
@@ -87,9 +88,12 @@ impl Create {
     }
 }
 
-/// The smallest `max_size`, in bytes.
-pub(super) fn least(cluster: u64) -> u64 {
-    cluster * LEAST_CLUSTERS
+/// The smallest `max_size` of a disk of `size` bytes, in bytes.
+pub(super) fn least(cluster: u64, size: u64) -> u64 {
+    // The root of one page is among the clusters; of a larger one there are two, that in use and the next.
+    let entries = size.div_ceil(cluster).div_ceil(layout::ROOT_SPAN);
+    let roots = 2 * (layout::list_bytes(entries) - PAGE_U64);
+    cluster * LEAST_CLUSTERS + roots.next_multiple_of(cluster)
 }
 
 /// A path that can be noted.
@@ -236,6 +240,7 @@ pub(super) fn read_super(storage: &dyn Storage, path: &Path) -> Result<(Header, 
     let page = read_page(storage, path, "header", 0)?;
     let header = Header::decode(&page).map_err(|bad| corrupt(path, bad))?;
     let mut newest: Option<Superblock> = None;
+    let mut damaged: Option<(u64, Bad)> = None;
     for slot in [0, 1] {
         let page = read_page(storage, path, "superblocks", PAGE_U64 * (1 + slot))?;
         match Superblock::decode(&page, &header, slot) {
@@ -246,8 +251,19 @@ pub(super) fn read_super(storage: &dyn Storage, path: &Path) -> Result<(Header, 
             }
             // Not written yet, or torn by a power loss.
             Err(Bad::Magic(_) | Bad::Checksum { .. } | Bad::Slot(_)) => {}
-            Err(bad) => return Err(corrupt(path, bad)),
+            Err(bad) => {
+                let generation = layout::generation(&page);
+                if damaged.as_ref().is_none_or(|damaged| damaged.0 < generation) {
+                    damaged = Some((generation, bad));
+                }
+            }
         }
+    }
+    // Of the one that does not count it does not matter.
+    if let Some((generation, bad)) = damaged
+        && newest.as_ref().is_none_or(|newest| newest.generation < generation)
+    {
+        return Err(corrupt(path, bad));
     }
     let block = newest.ok_or_else(|| wrong(path, "neither of its superblocks is sound".to_owned()))?;
     Ok((header, block))

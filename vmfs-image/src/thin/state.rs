@@ -188,6 +188,8 @@ impl State {
     /// Whether the tree's page of a cluster may change: a commit has the space to write it. `take` more bytes are to be
     /// taken for data; those leave room for others to be discarded.
     pub(super) fn may_change(&mut self, cluster: u64, take: u64) -> Result<(), Wait> {
+        // Of a large disk the root takes more than all else, and in one piece.
+        self.take_spares().map_err(Wait::Space)?;
         let number = place(cluster).0;
         let cost = self.tree.cost(number);
         if cost > 0 && self.tree.dirty().len() >= MAX_DIRTY {
@@ -196,6 +198,12 @@ impl State {
         let need = (self.tree.need() + cost) as u64 * PAGE_U64;
         // A page that is pinned is written once more after the next commit.
         let need = if take > 0 { need * 2 + self.cluster() } else { need };
+        // The first root has none before it, whose place the next one could take.
+        let need = if self.root.entries == 0 {
+            need + super::layout::list_bytes(self.tree.root.len() as u64)
+        } else {
+            need
+        };
         if self.space.available() < need.saturating_add(take) {
             return Err(Wait::Space(Denied::Quota));
         }

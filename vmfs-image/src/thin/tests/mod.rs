@@ -1,5 +1,6 @@
 //! Thin images against a model: the bytes that the disk ought to have.
 
+mod corrupt;
 mod crash;
 mod model;
 mod open;

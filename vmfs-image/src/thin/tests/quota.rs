@@ -101,3 +101,36 @@ fn write_of_several_clusters_that_does_not_fit_changes_nothing() {
     assert_eq!(try_write(&thin, 0, &large).unwrap_err().kind(), ErrorKind::QuotaExceeded);
     assert_eq!(read(&thin, 0, 8192), [[1; 4096], [0; 4096]].concat());
 }
+
+/// The root of 1 PiB takes 2 MiB, and each commit writes it anew.
+#[test]
+fn largest_disk_under_a_limit_takes_no_more_than_it_can_flush() {
+    let size = 1 << 50;
+    for clusters in [8, 40, 73, 80, 120] {
+        let mut bytes = crate::thin::forge::empty(size, 16, clusters * CLUSTER);
+        bytes.resize(usize::try_from(CLUSTER).unwrap(), 0);
+        let memory = crate::thin::memory::Memory::new(&bytes);
+        let thin = Thin::open_on(Box::new(memory.clone()), Path::new("memory"), true, None).unwrap();
+        let mut written = 0;
+        while try_write(&thin, written * (1 << 35), &[7; 4096]).is_ok() {
+            written += 1;
+            thin.flush().unwrap();
+        }
+        assert!(written > 0 || clusters < 72, "{clusters} clusters");
+        thin.flush().unwrap();
+        drop(thin);
+        let again = Thin::open_on(Box::new(memory), Path::new("memory"), true, None).unwrap();
+        for index in 0..written {
+            assert_eq!(read(&again, index * (1 << 35), 4096), [7; 4096]);
+            // What is there can be changed and given back.
+            write(&again, index * (1 << 35), &[8; 512]);
+        }
+        again.discard(0, size).unwrap();
+        again.flush().unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let create_with =
+        |max| create(&dir.path().join("a"), &Create { max_size: Some(max), ..Create::new(size) });
+    assert!(matches!(create_with(8 * CLUSTER), Err(crate::Error::Invalid { .. })));
+    create_with(72 * CLUSTER).unwrap();
+}

@@ -661,6 +661,7 @@ impl Disk {
         for _ in 0..steps {
             self.step += 1;
             match self.random.below(32) {
+                0 | 1 if self.kind.fails => self.fail(),
                 0..7 => self.write(),
                 7..14 => self.located(),
                 14..17 if !self.in_flight.is_empty() => {
@@ -688,7 +689,6 @@ impl Disk {
                 }
                 22..27 => drop(self.settle("flush", |thin| thin.flush())),
                 27 => self.grow(),
-                28 if self.kind.fails => self.fail(),
                 28 if self.kind.most.is_some() => {
                     let most = self.kind.most.map(|most| (most + 4) << self.kind.cluster_bits);
                     self.settle("higher limit", |thin| thin.set_max_size(most));
