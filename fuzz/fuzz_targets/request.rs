@@ -60,7 +60,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut rest = text;
     while !rest.is_empty() {
         let (head, after) = rest.split_once("\r\n\r\n").expect("a head ends");
-        assert!(head.starts_with("HTTP/1.1 ") && !head.replace("\r\n", "").contains(['\r', '\n']), "{head:?}");
+        assert!(
+            head.starts_with("HTTP/1.1 ") && !head.replace("\r\n", "").contains(['\r', '\n']),
+            "{head:?}"
+        );
         let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
         let length: usize = length.map_or(0, |length| length.parse().expect("a length is a number"));
         // What is answered to HEAD has a length, but no body.

@@ -245,7 +245,8 @@ impl Session {
             return;
         };
         let kind: u64 = input.one_of(&[0, 0, 1, 1, 4, 8, 11, 13, 2, 14, 16, 0xffff_ffff]);
-        let far = [0, 0, 255, SECTORS - 1, SECTORS, SECTORS + 1, 1 << 55, u64::MAX >> 9, u64::MAX, u64::MAX - 7];
+        let far =
+            [0, 0, 255, SECTORS - 1, SECTORS, SECTORS + 1, 1 << 55, u64::MAX >> 9, u64::MAX, u64::MAX - 7];
         let sector = input.one_of(&far);
         let mut bytes = [kind.to_le_bytes(), sector.to_le_bytes()].concat();
         for _ in 0..input.below(4) {
@@ -272,7 +273,12 @@ impl Session {
             match input.below(6) {
                 0 => drop(pieces.remove(at)),
                 1 => pieces.swap(0, at),
-                2 => pieces[at] = Piece::Outside(input.below(8), input.one_of(&[0, 1, 512, 1 << 31, u64::from(u32::MAX)])),
+                2 => {
+                    pieces[at] = Piece::Outside(
+                        input.below(8),
+                        input.one_of(&[0, 1, 512, 1 << 31, u64::from(u32::MAX)]),
+                    )
+                }
                 3 => pieces.insert(at, Piece::Read(0)),
                 4 => pieces.insert(at, Piece::Write(0)),
                 _ => pieces[at] = Piece::Junk(input.one_in(2), input.below(8192)),
@@ -341,7 +347,9 @@ impl Session {
     fn compare(&mut self, image: &Arc<dyn Image>) {
         let len = (KNOWN.end - KNOWN.start) * 512;
         let mut bytes = vec![0xee; usize::try_from(len).unwrap_or(0)];
-        image.read_at(KNOWN.start * 512, &[VolatileSlice::from(&mut bytes[..])]).expect("a sound image reads");
+        image
+            .read_at(KNOWN.start * 512, &[VolatileSlice::from(&mut bytes[..])])
+            .expect("a sound image reads");
         let wild = self.is_wild();
         for (at, found) in KNOWN.zip(bytes.chunks_exact(512)) {
             if wild {

@@ -34,7 +34,9 @@ fn look(image: &dyn Image, model: &mut Model, sector: u64, count: u64, sound: bo
             continue;
         }
         match model.get(&sector) {
-            Some(byte) => assert!(found.iter().all(|b| b == byte), "sector {sector} is not {byte}: {found:?}"),
+            Some(byte) => {
+                assert!(found.iter().all(|b| b == byte), "sector {sector} is not {byte}: {found:?}")
+            }
             // Whatever the image held at first has to stay.
             None if found.iter().all(|b| *b == found[0]) => drop(model.insert(sector, found[0])),
             None => {}
@@ -87,9 +89,6 @@ pub fn use_image(input: &mut Input<'_>) {
             let full = error.kind() == std::io::ErrorKind::QuotaExceeded;
             assert!(!sound || full, "a sound image fails: {error}");
         };
-        if std::env::var_os("TRACE").is_some() {
-            eprintln!("{action}: {count} at {sector} of {size}");
-        }
         match action {
             0..5 => {
                 value = value.wrapping_add(1);
@@ -177,6 +176,9 @@ pub fn use_image(input: &mut Input<'_>) {
     let image = open_memory(&memory, false, None).expect("a sound image opens");
     for (sector, byte) in &model {
         let found = read(&*image, *sector, 1).expect("a sound image reads");
-        assert!(found.iter().all(|b| b == byte), "sector {sector} is not {byte} after opening again: {found:?}");
+        assert!(
+            found.iter().all(|b| b == byte),
+            "sector {sector} is not {byte} after opening again: {found:?}"
+        );
     }
 }

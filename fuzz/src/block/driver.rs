@@ -226,11 +226,25 @@ impl Driver {
                     (data - len, len, WRITE)
                 }
                 Piece::Outside(where_, len) => {
-                    let places =
-                        [FIRST, FIRST - 1, SECOND + SECOND_LEN - 1, u64::MAX, u64::MAX - 511, 1 << 63, SECOND - 1, FIRST + 512];
-                    (places[usize::try_from(where_).unwrap_or(0) % 8], len, [0, WRITE][usize::from(len % 2 == 0)])
+                    let places = [
+                        FIRST,
+                        FIRST - 1,
+                        SECOND + SECOND_LEN - 1,
+                        u64::MAX,
+                        u64::MAX - 511,
+                        1 << 63,
+                        SECOND - 1,
+                        FIRST + 512,
+                    ];
+                    (
+                        places[usize::try_from(where_).unwrap_or(0) % 8],
+                        len,
+                        [0, WRITE][usize::from(len % 2 == 0)],
+                    )
                 }
-                Piece::Junk(write, len) => (if len % 3 == 0 { SECOND } else { JUNK }, len, if write { WRITE } else { 0 }),
+                Piece::Junk(write, len) => {
+                    (if len % 3 == 0 { SECOND } else { JUNK }, len, if write { WRITE } else { 0 })
+                }
             };
             if flags & WRITE != 0 {
                 writable.push((address, len));
@@ -363,13 +377,14 @@ impl Driver {
         if wild {
             return self.remember();
         }
-        for queue in 0..QUEUES {
-            let place = usize::try_from(used(queue)).unwrap_or(0);
-            let ring = &mut self.shadow[place..place + 6 + 8 * usize::from(SIZE)];
-            self.memory.read_slice(ring, GuestAddress(used(queue))).expect("it is memory");
-        }
         let mut now = vec![0; self.shadow.len()];
         self.memory.read_slice(&mut now, GuestAddress(0)).expect("it is memory");
+        for queue in 0..QUEUES {
+            // The device may still be asking for notifications, or for none.
+            let place = usize::try_from(used(queue)).unwrap_or(0);
+            let ring = place..place + 6 + 8 * usize::from(SIZE);
+            self.shadow[ring.clone()].copy_from_slice(&now[ring]);
+        }
         if now != self.shadow {
             let at = (0..now.len()).find(|at| now[*at] != self.shadow[*at]).unwrap_or(0);
             panic!("the device wrote {:#x} to {at:#x}, where it may not", now[at]);

@@ -105,9 +105,9 @@ fn every_byte_flipped_is_an_error_or_changes_nothing() {
     let sound = bytes(&image);
     let mut read_well = 0;
     for page in PAGES {
-        for at in page..page + PAGE {
+        for (at, byte) in (page..).zip(&image[page..page + PAGE]) {
             let mut damaged = sound.clone();
-            damaged.write(at as u64, &[image[at] ^ 1 << (at % 8)]);
+            damaged.write(at as u64, &[byte ^ 1 << (at % 8)]);
             let Ok(thin) = open_memory(&Memory::from(damaged), false, None) else { continue };
             for _ in 0..2 {
                 match read(&*thin) {
