@@ -126,7 +126,8 @@ pub(crate) fn converse(mut bytes: &[u8], control: &dyn Control) -> Vec<u8> {
             }
         };
         let rest = &bytes[len..];
-        let Some((body, rest)) = usize::try_from(request.body).ok().and_then(|len| rest.split_at_checked(len))
+        let Some((body, rest)) =
+            usize::try_from(request.body).ok().and_then(|len| rest.split_at_checked(len))
         else {
             return answers;
         };
