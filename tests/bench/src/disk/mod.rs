@@ -252,7 +252,7 @@ fn print_conditions(options: &Options, contenders: &[Contender], dir: &Path) {
         options.runs, options.seconds
     );
     println!(
-        "disk of {} MiB in {} ({}); before each run it is on the host's disk and in the page cache, there",
+        "disk of {} MiB in {} ({}); before each run it is on the host's disk and, but for direct cases, in the page cache",
         options.size,
         dir.parent().unwrap_or(dir).display(),
         file_system(dir)
