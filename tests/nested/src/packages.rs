@@ -97,15 +97,21 @@ impl Packages {
 
         let image = kernel_package()?;
         let release = image.trim_start_matches("linux-image-").to_owned();
-        let image_dir = unpacked(&cache, &image)?;
         // Ubuntu has the modules in a package of their own.
         let modules_package =
             dependencies(&image)?.into_iter().find(|name| *name == format!("linux-modules-{release}"));
-        let modules_dir = match modules_package {
-            Some(package) => unpacked(&cache, &package)?,
-            None => image_dir.clone(),
-        };
-        let busybox_dir = unpacked(&cache, BUSYBOX)?;
+        let mut ext4_packages = vec![EXT4.to_owned()];
+        ext4_packages.extend(dependencies(EXT4)?.into_iter().filter(|name| name.starts_with("lib")));
+
+        let mut names = vec![image.clone(), BUSYBOX.to_owned()];
+        names.extend(ext4_packages.iter().chain(&modules_package).cloned());
+        let shown = show(&names)?;
+        let unpacked = |package: &str| unpacked(&cache, package, &shown);
+        let image_dir = unpacked(&image)?;
+        let modules_dir =
+            modules_package.map_or_else(|| Ok(image_dir.clone()), |package| unpacked(&package))?;
+        let busybox_dir = unpacked(BUSYBOX)?;
+        let ext4_dirs = ext4_packages.iter().map(|package| unpacked(package)).collect::<Result<Vec<_>>>()?;
         let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox_dir.join(path));
         Ok(Self {
             kernel: image_dir.join(format!("boot/vmlinuz-{release}")),
@@ -118,18 +124,14 @@ impl Packages {
                 .into_iter()
                 .find(|file| file.is_file())
                 .unwrap_or_else(|| busybox_dir.join("bin/busybox")),
-            ext4: ext4(&cache)?,
+            ext4: ext4(&ext4_dirs)?,
             release,
         })
     }
 }
 
-/// Programs that make and check ext4, and all that they need, by their path in a guest.
-fn ext4(cache: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let mut dirs = vec![unpacked(cache, EXT4)?];
-    for library in dependencies(EXT4)?.iter().filter(|name| name.starts_with("lib")) {
-        dirs.push(unpacked(cache, library)?);
-    }
+/// Programs that make and check ext4, and all that they need, by their path in a guest; of the packages in `dirs`.
+fn ext4(dirs: &[PathBuf]) -> Result<Vec<(String, PathBuf)>> {
     // Distributions differ in whether there is anything outside of /usr.
     let found = |path: &str| {
         let places = dirs.iter().flat_map(|dir| [dir.join(path), dir.join("usr").join(path)]);
@@ -194,14 +196,24 @@ fn parse_dependencies(listed: &str) -> Vec<String> {
     listed.lines().filter_map(depends).collect()
 }
 
-/// The directory below `cache` with the content of `package`, in the version that apt would install.
-fn unpacked(cache: &Path, package: &str) -> Result<PathBuf> {
-    let shown = run(Command::new(find("apt-cache", "apt")?).args(["show", "--no-all-versions", package]));
-    let shown = shown.map_err(|_| Error::Archive { name: package.to_owned() })?;
-    let version = shown
-        .lines()
-        .find_map(|line| line.strip_prefix("Version: "))
-        .ok_or_else(|| Error::Archive { name: package.to_owned() })?;
+/// What the archive says of these packages, in the versions that apt would install. Asked once for all: apt looks
+/// through its lists each time.
+fn show(packages: &[String]) -> Result<String> {
+    let shown =
+        run(Command::new(find("apt-cache", "apt")?).args(["show", "--no-all-versions"]).args(packages));
+    shown.map_err(|_| Error::Archive { name: packages.join(" or ") })
+}
+
+/// The version of `package` among what `apt-cache show` says of several.
+fn version<'a>(shown: &'a str, package: &str) -> Option<&'a str> {
+    let of = |paragraph: &'a str, field: &str| paragraph.lines().find_map(|line| line.strip_prefix(field));
+    let found = shown.split("\n\n").find(|paragraph| of(paragraph, "Package: ") == Some(package))?;
+    of(found, "Version: ")
+}
+
+/// The directory below `cache` with the content of `package`, in the version that is in `shown`.
+fn unpacked(cache: &Path, package: &str, shown: &str) -> Result<PathBuf> {
+    let version = version(shown, package).ok_or_else(|| Error::Archive { name: package.to_owned() })?;
     let dir = cache.join(format!("{package}_{version}"));
     if dir.is_dir() {
         return Ok(dir);
@@ -237,6 +249,13 @@ mod tests {
         assert_eq!(parse_dependencies(listed), ["linux-image-6.1.0-9-cloud-amd64"]);
         let listed = "e2fsprogs\n  PreDepends: libc6\n  Depends: logsave\n  Recommends: e2fsprogs-l10n\n";
         assert_eq!(parse_dependencies(listed), ["libc6", "logsave"]);
+    }
+
+    #[test]
+    fn version_is_that_of_the_package_that_was_asked_for() {
+        let shown = "Package: a\nSource: b\nVersion: 1:2-3\nDescription: x\n Version: 9\n\nPackage: b\nVersion: 4\n\n";
+        assert_eq!((version(shown, "a"), version(shown, "b")), (Some("1:2-3"), Some("4")));
+        assert_eq!(version(shown, "c"), None);
     }
 
     #[test]
