@@ -91,9 +91,8 @@ impl Returns {
         if !self.has_some() {
             return Vec::new();
         }
-        // Nothing to read means that somebody was quicker.
-        self.event.read().unwrap_or_default();
         let mut list = self.lock();
+        self.event.read().unwrap_or_default();
         self.some.store(false, Ordering::Release);
         std::mem::take(&mut list)
     }
@@ -110,10 +109,45 @@ impl Returns {
     pub fn carry_out(&self, slot: u16, call: Call, image: Arc<dyn Image>, memory: Arc<GuestRam>) {
         let result = call.carry_out(&*image);
         drop((call, memory, image));
-        self.lock().push((slot, result));
+        // With the lock: an event signalled after what it tells of was taken would stay signalled.
+        let mut list = self.lock();
+        list.push((slot, result));
         self.some.store(true, Ordering::Release);
         self.changed.notify_all();
         // Only an overflow of the counter can fail, and then the event is signalled already.
         self.event.write(1).unwrap_or_default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+    use vmfs_image::{OpenOptions, flat};
+
+    #[test]
+    fn event_is_no_longer_signalled_once_all_was_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        flat::create(&path, 4096, flat::Preallocate::Sparse).unwrap();
+        let image = vmfs_image::open(&path, &OpenOptions::default()).unwrap();
+        let memory = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).unwrap());
+        let returns = Returns::new().unwrap();
+        for slot in 0..1000 {
+            std::thread::scope(|scope| {
+                let call = Call { request: Request::Identify, data: Vec::new(), then_flush: false };
+                scope.spawn(|| returns.carry_out(slot, call, image.clone(), memory.clone()));
+                let mut taken = Vec::new();
+                while taken.is_empty() {
+                    if slot % 2 == 0 {
+                        returns.wait();
+                    }
+                    taken = returns.take();
+                }
+                assert!(matches!(&taken[..], [(back, Ok(()))] if *back == slot));
+            });
+            // Who sleeps until it is signalled would not sleep.
+            assert!(returns.event.read().is_err() && !returns.has_some());
+        }
     }
 }
