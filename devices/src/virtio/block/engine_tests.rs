@@ -404,6 +404,14 @@ fn what_a_guest_may_not_ask_for_is_told_it_and_does_not_wait() {
 }
 
 #[test]
+fn flush_that_failed_is_told_and_does_not_wait_to_succeed_without_what_was_lost() {
+    let (disk, mut driver, control) = fake(OnError::Pause);
+    disk.fail_flush.store(true, Ordering::SeqCst);
+    let used = driver.transfer(0, &[header(4, 0), Buffer::Write(1)]);
+    assert_eq!((status(&used), control.waiting(), control.counters().errors), (1, None, 1));
+}
+
+#[test]
 fn driver_that_resets_its_disk_leaves_nothing_waiting() {
     let (disk, mut driver, control) = fake(OnError::Pause);
     disk.fail_data.store(true, Ordering::SeqCst);

@@ -53,7 +53,8 @@ pub const MAX_QUEUES: u16 = 16;
 /// What becomes of a request that fails.
 ///
 /// A request that fails because the image may not grow any further, or its file system is full, waits in either case:
-/// it can succeed later, and a guest that is told of an error may lose data for good.
+/// it can succeed later, and a guest that is told of an error may lose data for good. A flush that fails because data could
+/// not be written is told in either case: those are lost, and it would succeed without them later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnError {
     /// The guest is told.

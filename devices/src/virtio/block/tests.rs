@@ -175,7 +175,7 @@ fn file_cut_short_while_in_use_fails_the_read_and_not_the_device() {
 pub(super) struct Fake {
     flushes: AtomicU64,
     pub(super) fail_data: AtomicBool,
-    fail_flush: AtomicBool,
+    pub(super) fail_flush: AtomicBool,
 }
 
 impl Fake {

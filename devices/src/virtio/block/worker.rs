@@ -395,7 +395,12 @@ impl Server {
         // Nothing that somebody could mend: the guest has asked for what it may not do.
         let is_refusal =
             matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput);
-        if is_full || self.shared.options.on_error == OnError::Pause && !is_refusal {
+        // What the kernel could not write is gone: it says so once, and succeeds when it is asked again. An image that is
+        // full has said so beforehand.
+        let is_lost =
+            matches!(slot.request, Request::Flush) && !(is_full && image.flush_is_sync_of().is_none());
+        let waits = is_full || self.shared.options.on_error == OnError::Pause && !is_refusal;
+        if waits && !is_lost {
             self.stopped.push(index);
             self.shared.stop(self.queue.index(), why);
             return;
