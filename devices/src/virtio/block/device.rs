@@ -136,3 +136,7 @@ mod tests;
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod engine_tests;
+
+#[cfg(test)]
+#[path = "stress_tests.rs"]
+mod stress_tests;
