@@ -99,11 +99,13 @@ impl Mover {
         self.ring.has_done()
     }
 
-    /// Hands the kernel what was begun.
-    pub fn submit(&mut self) {
+    /// Hands the kernel what was begun; false if it has not taken all of that, and it is to be offered again after a
+    /// [`MOMENT`](super::ring::MOMENT).
+    pub fn submit(&mut self) -> bool {
         if let Err(error) = self.ring.submit() {
             tracing::error!("requests of a disk are not taken by the kernel: {error}");
         }
+        self.ring.unsubmitted() == 0
     }
 
     /// Waits until something is done.

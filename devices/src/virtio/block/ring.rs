@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::squeue::Entry;
 use io_uring::{EnterFlags, IoUring, opcode, types};
@@ -12,6 +13,9 @@ use io_uring::{EnterFlags, IoUring, opcode, types};
 const ENTRIES: u32 = 128;
 /// Most that should not be done, so that the kernel has room for what is.
 const MOST: usize = 2 * ENTRIES as usize;
+
+/// After so long the kernel is offered again what it has not taken.
+pub const MOMENT: Duration = Duration::from_millis(1);
 
 /// What is to be done with a file of those in use, by its index.
 #[derive(Debug, Clone, Copy)]
@@ -182,6 +186,12 @@ impl Ring {
         Ok(())
     }
 
+    /// Number of operations that the kernel has not taken yet. If those are all that are in flight, nothing tells when to
+    /// [`submit`](Self::submit) them.
+    pub fn unsubmitted(&self) -> usize {
+        self.unsubmitted
+    }
+
     /// Whether [`reap`](Self::reap) would find something.
     pub fn has_done(&mut self) -> bool {
         self.in_flight > 0 && (self.ring.submission().taskrun() || !self.ring.completion().is_empty())
@@ -204,13 +214,17 @@ impl Ring {
         self.in_flight = self.in_flight.saturating_sub(done.len() - before);
     }
 
-    /// Waits until something is done.
+    /// Waits until something is done, or for a moment if the kernel takes nothing now.
     ///
     /// # Errors
     ///
     /// That of `io_uring_enter`.
     pub fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
+        if self.in_flight == self.unsubmitted {
+            std::thread::sleep(MOMENT);
+            return Ok(());
+        }
         match self.enter(1) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted || is_passing(&error) => Ok(()),
             waited => waited,
@@ -300,6 +314,47 @@ mod tests {
         }
         assert_eq!(all(&mut ring), [(1, 11), (2, 0), (3, -libc::EFAULT)]);
         assert_eq!((&first[..], &second[..5]), (&b"hello "[..], &b"world"[..]));
+    }
+
+    /// Makes the kernel have no room for a single operation, as seen by this thread and those that it starts.
+    fn refuse_single_operations() {
+        let load = |k| libc::sock_filter { code: 0x20, jt: 0, jf: 0, k };
+        let unless =
+            |k: libc::c_long, jf| libc::sock_filter { code: 0x15, jt: 0, jf, k: u32::try_from(k).unwrap() };
+        let answer = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+        // The number of the call, and the lower half of its second argument.
+        let mut program = [
+            load(0),
+            unless(libc::SYS_io_uring_enter, 3),
+            load(24),
+            unless(1, 1),
+            answer(libc::SECCOMP_RET_ERRNO | libc::EAGAIN.unsigned_abs()),
+            answer(libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: 6, filter: program.as_mut_ptr() };
+        // SAFETY: the calls take integers, and a program that outlives them.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_take_is_not_waited_for_and_offered_again() {
+        let refused = || {
+            refuse_single_operations();
+            let mut ring = Ring::new().unwrap();
+            ring.use_files(&[Arc::new(tempfile::tempfile().unwrap())]);
+            // SAFETY: no memory is involved.
+            unsafe { ring.push(Operation::Sync { file: 0 }, 1) }.unwrap();
+            ring.wait().unwrap();
+            assert_eq!((ring.in_flight(), ring.unsubmitted()), (1, 1));
+            // SAFETY: as above.
+            unsafe { ring.push(Operation::Sync { file: 0 }, 2) }.unwrap();
+            assert_eq!(all(&mut ring), [(1, 0), (2, 0)]);
+            assert_eq!(ring.unsubmitted(), 0);
+        };
+        std::thread::spawn(refused).join().unwrap();
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::mover::{Mover, Progress};
 use super::options::OnError;
 use super::polling::Polling;
 use super::request::{ID_LEN, Request, Shape, Status};
+use super::ring::MOMENT;
 use super::shared::Shared;
 use super::slot::Slot;
 use crate::GuestRam;
@@ -136,13 +137,22 @@ impl Server {
         if let Some(mover) = &mut self.mover
             && mover.in_flight() > 0
         {
-            mover.submit();
+            if !mover.submit() {
+                self.come_back_after(MOMENT);
+            }
             moved |= self.reap();
         }
         if moved {
             self.queue.notify();
         }
         moved
+    }
+
+    /// Has this thread woken after some time, whatever happens.
+    fn come_back_after(&mut self, time: Duration) {
+        if let Err(error) = self.timer.reset(time, None) {
+            tracing::error!("a disk cannot set its timer: {error}");
+        }
     }
 
     /// Looks for something to do for a while.
@@ -178,9 +188,7 @@ impl Server {
             let limited = self.shared.limiter.is_active();
             if limited && let Some(wait) = self.shared.limiter.wait(Instant::now()) {
                 self.full = true;
-                if let Err(error) = self.timer.reset(wait, None) {
-                    tracing::error!("a disk cannot wait for its limits: {error}");
-                }
+                self.come_back_after(wait);
                 break;
             }
             let taken = self.pop(if limited { 1 } else { left });
