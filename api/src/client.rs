@@ -171,13 +171,14 @@ impl Client {
         self.put(Resource::Stop)
     }
 
-    /// Freezes the image of disk `index` (counted from 0) as it is now under `name`. The guest goes on in a new file.
+    /// Freezes the image of disk `index` (counted from 0) as it is now under `name`; `description`, which may be
+    /// empty, is said of it in the list. The guest goes on in a new file.
     ///
     /// # Errors
     ///
     /// Any [`Reason`].
-    pub fn snapshot(&mut self, index: usize, name: &str) -> Result<(), Error> {
-        let body = Snapshot { name: name.to_owned() };
+    pub fn snapshot(&mut self, index: usize, name: &str, description: &str) -> Result<(), Error> {
+        let body = Snapshot { name: name.to_owned(), description: description.to_owned() };
         self.request(Resource::Disk(index, DiskVerb::Snapshot), Some(&body)).map(drop)
     }
 

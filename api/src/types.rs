@@ -206,6 +206,9 @@ pub enum DiskOrder {
 pub struct Snapshot {
     /// Name of the snapshot.
     pub name: String,
+    /// What is said of it in the list; up to 4096 bytes are kept.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
 }
 
 /// Content of [`DiskOrder::Resize`].

@@ -66,7 +66,8 @@ fn orders_to_disks_arrive_as_they_were_given() {
     let (guest, _server) = serve(dir.path());
     let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
     let limits = DiskLimits { iops: None, bandwidth: Some(1 << 20), burst: Some(500) };
-    client.snapshot(0, "before \"it\"").unwrap();
+    client.snapshot(0, "before \"it\"", "").unwrap();
+    client.snapshot(0, "after", "it\nwas").unwrap();
     client.change_medium(0, Path::new("/srv/b.img"), Some("flat")).unwrap();
     client.resize(0, 2 << 30).unwrap();
     client.set_max_size(0, None).unwrap();
@@ -74,7 +75,8 @@ fn orders_to_disks_arrive_as_they_were_given() {
     client.at_power_off(0, AtPowerOff::Commit).unwrap();
     let medium = Medium { path: "/srv/b.img".into(), format: Some("flat".into()) };
     let orders = [
-        DiskOrder::Snapshot(Snapshot { name: "before \"it\"".into() }),
+        DiskOrder::Snapshot(Snapshot { name: "before \"it\"".into(), description: String::new() }),
+        DiskOrder::Snapshot(Snapshot { name: "after".into(), description: "it\nwas".into() }),
         DiskOrder::Medium(medium),
         DiskOrder::Resize(Resize { bytes: 2 << 30 }),
         DiskOrder::MaxSize(MaxSize { bytes: None }),
@@ -110,13 +112,13 @@ fn what_may_be_done_once_only_never_goes_over_a_connection_that_may_have_ended()
     let monitor = canned(dir.path(), vec![done.clone(), done]);
     let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
     client.pause().unwrap();
-    client.snapshot(0, "a").unwrap();
+    client.snapshot(0, "a", "").unwrap();
     monitor.join().unwrap();
     // One that is closed before the answer may have been heard: it is not asked again.
     let dir = tempfile::tempdir().unwrap();
     let monitor = canned(dir.path(), vec![Vec::new()]);
     let mut client = Client::connect(&socket(dir.path()), LONG).unwrap();
-    assert!(matches!(client.snapshot(0, "a").unwrap_err().reason, Reason::Closed));
+    assert!(matches!(client.snapshot(0, "a", "").unwrap_err().reason, Reason::Closed));
     monitor.join().unwrap();
 }
 

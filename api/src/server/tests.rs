@@ -333,7 +333,12 @@ fn orders_to_disks_arrive_with_their_content_and_long_ones_are_answered_by_a_job
     let medium = Medium { path: "/srv/b.img".into(), format: Some("flat".into()) };
     let limits = DiskLimits { iops: Some(500), ..DiskLimits::default() };
     let cases = [
-        ("POST", "snapshot", r#"{"name":"before"}"#, DiskOrder::Snapshot(Snapshot { name: "before".into() })),
+        (
+            "POST",
+            "snapshot",
+            r#"{"name":"before"}"#,
+            DiskOrder::Snapshot(Snapshot { name: "before".into(), description: String::new() }),
+        ),
         ("POST", "commit", "", DiskOrder::Commit),
         ("POST", "stream", "", DiskOrder::Stream),
         ("PUT", "size", r#"{"bytes":2097152}"#, DiskOrder::Resize(Resize { bytes: 2 << 20 })),

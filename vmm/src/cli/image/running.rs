@@ -66,8 +66,8 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
 
 impl Running {
     /// Makes a snapshot.
-    pub fn snapshot(&mut self, name: &str) -> Result<(), client::Error> {
-        self.client.snapshot(self.disk, name)
+    pub fn snapshot(&mut self, name: &str, description: &str) -> Result<(), client::Error> {
+        self.client.snapshot(self.disk, name, description)
     }
 
     /// Makes the disk larger.
@@ -243,7 +243,7 @@ mod tests {
     fn orders_go_to_the_disk_that_was_found() {
         let place = place(JobState::Done);
         let mut running = find_in(&place.root, &place.dir.path().join("b.img")).unwrap();
-        running.snapshot("fresh").unwrap();
+        running.snapshot("fresh", "as installed").unwrap();
         running.resize(1024).unwrap();
         assert_eq!(running.size().unwrap(), Some(512));
         let mut progress = Progress::begin("committing").unwrap();
@@ -251,7 +251,7 @@ mod tests {
         let orders = place.monitor.orders.lock().unwrap().join("; ");
         assert_eq!(
             orders,
-            "1 Snapshot(Snapshot { name: \"fresh\" }); 1 Resize(Resize { bytes: 1024 }); 1 Commit"
+            "1 Snapshot(Snapshot { name: \"fresh\", description: \"as installed\" }); 1 Resize(Resize { bytes: 1024 }); 1 Commit"
         );
     }
 

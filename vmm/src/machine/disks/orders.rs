@@ -32,7 +32,7 @@ pub fn carry_out(
         }
         DiskOrder::Limits(limits) => return limit(disk, limits).map(|()| None),
         DiskOrder::AtPowerOff(choice) => return disk.set_at_power_off(choice.action).map(|()| None),
-        DiskOrder::Snapshot(Snapshot { name }) => alone(disk, || take_snapshot(disk, &name)),
+        DiskOrder::Snapshot(wanted) => alone(disk, || take_snapshot(disk, wanted)),
         DiskOrder::Resize(Resize { bytes }) => alone(disk, || resize(disk, bytes)),
         DiskOrder::Medium(medium) => alone(disk, || change_medium(disk, &medium)),
         DiskOrder::MaxSize(MaxSize { bytes }) => on_thread(disk, || {
@@ -92,7 +92,7 @@ fn refuse_without_writing(disk: &LiveDisk, what: &str) -> Result<(), Refused> {
     Err(disk.refused(format_args!("{what}, and this disk {why}")))
 }
 
-fn take_snapshot(disk: &LiveDisk, name: &str) -> Result<(), Refused> {
+fn take_snapshot(disk: &LiveDisk, wanted: Snapshot) -> Result<(), Refused> {
     let what = "a snapshot is of what the guest writes";
     refuse_without_writing(disk, what)?;
     if disk.config.mode != Mode::Persistent {
@@ -103,9 +103,10 @@ fn take_snapshot(disk: &LiveDisk, name: &str) -> Result<(), Refused> {
     }
     let mut about = About::default();
     about.running = true;
+    about.description = wanted.description;
     let (path, options, image) =
         disk.look(|medium| (medium.path.clone(), medium.options.clone(), Arc::clone(&medium.opened.image)))?;
-    let prepared = snapshot::prepare(&path, &image, name, &about, &options).map_err(refused(disk))?;
+    let prepared = snapshot::prepare(&path, &image, &wanted.name, &about, &options).map_err(refused(disk))?;
     drop(image);
     disk.exchange(|| prepared.switch()).map_err(refused(disk))
 }
