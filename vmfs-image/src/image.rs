@@ -454,3 +454,32 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+impl Error {
+    /// The same about `to` where it is about `from`: a file that has another name for its users than for those who make it.
+    #[must_use]
+    pub fn about(mut self, from: &Path, to: &Path) -> Self {
+        match &mut self {
+            Self::Open { path, .. }
+            | Self::Kind { path, .. }
+            | Self::Busy { path }
+            | Self::Empty { path, .. }
+            | Self::Locked { path, .. }
+            | Self::Lock { path, .. }
+            | Self::Corrupt { path, .. }
+            | Self::Unsupported { path, .. }
+            | Self::Backing { path, .. }
+            | Self::BackingOpen { path, .. }
+            | Self::Direct { path, .. }
+            | Self::Invalid { path, .. }
+            | Self::Interrupted { path }
+            | Self::Io { path, .. }
+                if path == from =>
+            {
+                to.clone_into(path);
+            }
+            _ => {}
+        }
+        self
+    }
+}

@@ -4,6 +4,7 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -46,28 +47,48 @@ pub fn convert(
     if path.symlink_metadata().is_ok() {
         return Err(exists());
     }
-    let unfinished = Unfinished::new(path)?;
-    match options.format {
-        Format::Flat => flat::create(&unfinished.0, src.size(), options.preallocate)?,
-        Format::Thin => thin::create(&unfinished.0, &thin::Create::new(src.size()))?,
-        Format::Qcow2 => foreign::create(&unfinished.0, src.size(), foreign::CLUSTER)?,
-        format => return Err(foreign::not_made(path, format)),
-    }
-    let to = OpenOptions { writable: true, format: Some(options.format), ..OpenOptions::default() };
-    let dst = open(&unfinished.0, &to)?;
-    // What was given space is to keep it.
-    let keep_space = options.preallocate == Preallocate::Full;
-    let detect_zeroes = options.detect_zeroes && !keep_space;
-    copy_with(src, &*dst, CopyOptions { detect_zeroes, keep_space }, progress)?;
-    drop(dst);
+    let mut unfinished = Unfinished::new(path)?;
+    let filled = fill(src, &mut unfinished, options, progress);
+    filled.map_err(|error| error.about(&unfinished.path, path))?;
     unfinished.finish(path).map_err(|source| match source.kind() {
         io::ErrorKind::AlreadyExists => exists(),
         _ => Error::Io { path: path.to_owned(), what: "give its name to", source },
     })
 }
 
+/// Makes the image, whatever its name.
+fn fill(
+    src: &dyn Image,
+    unfinished: &mut Unfinished,
+    options: &ConvertOptions,
+    progress: &mut Progress<'_>,
+) -> Result<(), Error> {
+    let path = &unfinished.path;
+    match options.format {
+        Format::Flat => flat::create(path, src.size(), options.preallocate)?,
+        Format::Thin => thin::create(path, &thin::Create::new(src.size()))?,
+        Format::Qcow2 => foreign::create(path, src.size(), foreign::CLUSTER)?,
+        format => return Err(foreign::not_made(path, format)),
+    }
+    unfinished.own = inode(path);
+    let to = OpenOptions { writable: true, format: Some(options.format), ..OpenOptions::default() };
+    let dst = open(path, &to)?;
+    // What was given space is to keep it.
+    let keep_space = options.preallocate == Preallocate::Full;
+    let detect_zeroes = options.detect_zeroes && !keep_space;
+    copy_with(src, &*dst, CopyOptions { detect_zeroes, keep_space }, progress)
+}
+
 /// A file that is removed unless it is finished.
-struct Unfinished(PathBuf);
+struct Unfinished {
+    path: PathBuf,
+    /// What was made there. What somebody else made is theirs.
+    own: Option<(u64, u64)>,
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    path.symlink_metadata().ok().map(|about| (about.dev(), about.ino()))
+}
 
 impl Unfinished {
     fn new(path: &Path) -> Result<Self, Error> {
@@ -82,16 +103,17 @@ impl Unfinished {
         // One that is left of a process that was killed is locked by nobody.
         if let Ok(file) = File::options().read(true).write(true).open(&hidden) {
             let file = Arc::new(file);
-            let _lock = OfdLock::acquire(&file, &hidden, Mode::Exclusive, None)?;
+            let lock = OfdLock::acquire(&file, &hidden, Mode::Exclusive, None);
+            let _lock = lock.map_err(|error| error.about(&hidden, path))?;
             let removed = std::fs::remove_file(&hidden);
             removed.map_err(|source| Error::Io { path: hidden.clone(), what: "remove", source })?;
         }
-        Ok(Self(hidden))
+        Ok(Self { path: hidden, own: None })
     }
 
     fn finish(self, path: &Path) -> io::Result<()> {
         let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other);
-        let (from, to) = (name(&self.0)?, name(path)?);
+        let (from, to) = (name(&self.path)?, name(path)?);
         // SAFETY: both names end in zero.
         let renamed = unsafe {
             libc::renameat2(
@@ -110,13 +132,15 @@ impl Unfinished {
             return Err(error);
         }
         // A file system that cannot rename without replacing: a second name, which never replaces, instead.
-        std::fs::hard_link(&self.0, path)?;
+        std::fs::hard_link(&self.path, path)?;
         flat::sync_directory(path)
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if self.own.is_some() && inode(&self.path) == self.own {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }

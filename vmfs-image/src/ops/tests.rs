@@ -215,6 +215,23 @@ fn interrupted_conversion_leaves_nothing_and_a_finished_one_only_the_image() {
 }
 
 #[test]
+fn conversion_to_a_place_where_another_is_at_work_leaves_that_alone() {
+    let dir = dir();
+    let src = flat(dir.path(), "src", 1 << 20);
+    let path = dir.path().join("dst");
+    let options =
+        ConvertOptions { format: Format::Thin, preallocate: Preallocate::Sparse, detect_zeroes: true };
+    let mut others = Vec::new();
+    let meanwhile = &mut |_, _| {
+        others.push(convert(&*src, &path, &options, &mut on).unwrap_err());
+        ControlFlow::Continue(())
+    };
+    convert(&*src, &path, &options, meanwhile).unwrap();
+    assert!(matches!(&others[..], [Error::Locked { path: named, .. }, ..] if *named == path), "{others:?}");
+    assert_eq!(open(&path, &OpenOptions::default()).unwrap().format(), Format::Thin);
+}
+
+#[test]
 fn preallocated_copy_keeps_its_space() {
     let dir = dir();
     let src = flat(dir.path(), "src", SIZE);

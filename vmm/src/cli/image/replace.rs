@@ -26,21 +26,18 @@ impl Drop for Unfinished {
 }
 
 /// The error with the name that the user gave in place of the one that the new file had meanwhile.
-pub fn renamed(mut error: Error, hidden: &Path, path: &Path) -> Error {
-    match &mut error {
+pub fn renamed(error: Error, hidden: &Path, path: &Path) -> Error {
+    match error {
         // Whatever was interrupted.
-        Error::Interrupted { path: named } => path.clone_into(named),
-        Error::Open { path: named, .. }
-        | Error::Invalid { path: named, .. }
-        | Error::Unsupported { path: named, .. }
-        | Error::Io { path: named, .. }
-            if named == hidden =>
-        {
-            path.clone_into(named);
-        }
-        _ => {}
+        Error::Interrupted { .. } => Error::Interrupted { path: path.to_owned() },
+        error => error.about(hidden, path),
     }
-    error
+}
+
+/// Whether both are names of one file.
+pub fn is_same(one: &Path, other: &Path) -> bool {
+    let (Ok(one), Ok(other)) = (std::fs::metadata(one), std::fs::metadata(other)) else { return false };
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
 /// Has `make` make a file at `path`. What is there is replaced if `force` says so, in one step and not before the new one is
@@ -69,8 +66,7 @@ pub fn make(
     if !about.is_file() {
         return invalid(path, "is no regular file, and is not replaced");
     }
-    let other = source.and_then(|source| std::fs::metadata(source).ok());
-    if other.is_some_and(|other| (other.dev(), other.ino()) == (about.dev(), about.ino())) {
+    if source.is_some_and(|source| is_same(source, path)) {
         return invalid(path, "is what the new image would be made from, and is not replaced");
     }
     if clone::is_base(path) {
