@@ -315,6 +315,25 @@ fn converted_there_and_back_is_the_same() {
 }
 
 #[test]
+fn images_of_kinds_that_are_not_read_are_converted_only_as_flat_ones() {
+    let place = Place::new();
+    for (name, offset, magic) in [
+        ("a.vdi", 64, b"\x7f\x10\xda\xbe".as_slice()),
+        ("a.vhd", 0, b"conectix"),
+        ("a.qed", 0, b"QED\0"),
+        ("a.hdd", 0, b"WithoutFreeSpace"),
+    ] {
+        place.flat(name, MIB, offset, magic);
+        for line in [format!("convert {name} a.img --format thin"), format!("copy {name} a.img")] {
+            let said = place.refused(&line, 1);
+            assert!(said.contains("qemu-img convert") && said.contains("--from flat"), "{said}");
+        }
+        place.ok(&format!("convert {name} {name}.img --format thin --from flat"));
+        place.ok(&format!("compare {name} {name}.img"));
+    }
+}
+
+#[test]
 fn copy_keeps_the_kind_and_writes_into_what_is_large_enough() {
     let place = Place::new();
     place.flat("a.img", 2 * MIB, MIB, &[5; 4096]);
@@ -329,6 +348,7 @@ fn copy_keeps_the_kind_and_writes_into_what_is_large_enough() {
     place.refused("copy a.img small.img --into", 1);
     assert_eq!(place.read("small.img")[..4096], [9; 4096]);
     place.refused("copy a.img missing.img --into", 1);
+    assert!(place.refused("copy a.img a.img --into", 1).contains("what would be copied"));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Verbs that make images.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use vmfs_image::flat::{self, Preallocate};
@@ -169,6 +170,13 @@ pub fn convert(source: &Path, path: &Path, how: How, force: bool, json: bool) ->
     replace::make(path, force, Some(source), |path| {
         refuse_pending(source)?;
         let src = vmfs_image::open(source, &OpenOptions { format: how.from, ..OpenOptions::default() })?;
+        if let (Format::Flat, None, Some(kind)) = (src.format(), how.from, unknown_kind(source)?) {
+            let what = format!(
+                "looks like an image of {kind}, which vmm does not read: \"qemu-img convert -O raw\" makes a flat image of it; \
+                 with `vmm image convert --from flat` its bytes are taken as they are"
+            );
+            return invalid(source, what);
+        }
         let format = how.format.unwrap_or(src.format());
         if how.preallocate && format != Format::Flat {
             return invalid(path, "--preallocate is for flat images");
@@ -180,6 +188,22 @@ pub fn convert(source: &Path, path: &Path, how: How, force: bool, json: bool) ->
     .map_err(failure)?;
     drop(progress);
     output::made(path, json)
+}
+
+/// What kind of image that is neither read nor recognised elsewhere the file at `path` looks like.
+fn unknown_kind(path: &Path) -> Result<Option<&'static str>, Error> {
+    const KINDS: [(usize, &[u8], &str); 5] = [
+        (64, b"\x7f\x10\xda\xbe", "VirtualBox (VDI)"),
+        (0, b"conectix", "Virtual PC (VHD)"),
+        (0, b"QED\0", "QEMU (QED)"),
+        (0, b"WithoutFreeSpace", "Parallels"),
+        (0, b"WithouFreSpacExt", "Parallels"),
+    ];
+    let failed = |source| Error::Io { path: path.to_owned(), what: "read the beginning of", source };
+    let mut start = Vec::new();
+    std::fs::File::open(path).and_then(|file| file.take(SECTOR).read_to_end(&mut start)).map_err(failed)?;
+    let has = |offset: usize, magic: &[u8]| start.get(offset..).is_some_and(|rest| rest.starts_with(magic));
+    Ok(KINDS.into_iter().find(|&(offset, magic, _)| has(offset, magic)).map(|found| found.2))
 }
 
 /// What an image alone reads as is not what its disk reads as while a redo log waits.
@@ -202,6 +226,9 @@ pub fn copy_into(source: &Path, path: &Path, json: bool) -> Result<(), Failure> 
     let mut copy = || {
         refuse_pending(source)?;
         let src = vmfs_image::open(source, &OpenOptions::default())?;
+        if replace::is_same(source, path) {
+            return invalid(path, "is what would be copied: name another image");
+        }
         let options = OpenOptions { writable: true, ..OpenOptions::default() };
         let dst = redo::open(path, Mode::Persistent, &options)?.image;
         ops::copy(&*src, &*dst, &mut |done, total| progress.report(done, total))
