@@ -54,7 +54,7 @@ pub use layout::Backing;
 pub(crate) use open::create_in;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use open::open_memory;
-pub use open::{Create, create, peek_backing, peek_size, set_backing};
+pub use open::{Create, create, peek_backing, peek_limits, peek_size, set_backing};
 
 use state::State;
 use storage::Storage;

@@ -175,6 +175,18 @@ pub fn peek_size(path: &Path) -> Result<u64, Error> {
     Ok(read_super(&storage, path)?.1.size)
 }
 
+/// Size of a cluster of the image at `path`, and the most that it may take of its file system, in bytes. Nothing is locked.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn peek_limits(path: &Path) -> Result<(u64, Option<u64>), Error> {
+    let opened = Opened::without_lock(path, false)?;
+    let storage = FileStorage::new(opened.file, None, true);
+    let (header, block) = read_super(&storage, path)?;
+    Ok((1 << header.cluster_bits, (block.max_size > 0).then_some(block.max_size)))
+}
+
 /// Notes another backing in the image at `path`, which nobody has open; the one noted so far need not be there, and nothing
 /// is compared. `None` says that it needs none any more.
 ///
@@ -304,7 +316,10 @@ fn compare(noted: &Backing, format: Format, found: Identity) -> Result<(), Strin
         return Err(format!("{name} is another image than the one that this one was made on"));
     }
     if found.state != noted.identity.state {
-        return Err(format!("{name} was changed since this image was made on it"));
+        return Err(format!(
+            "{name} was changed since this image was made on it, or was copied without its time of change; if it holds what \
+             it held then, `vmm image rebase --accept` takes it as it is"
+        ));
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use super::*;
 use crate::Cache;
 use crate::image::Error;
-use crate::thin::{peek_backing, peek_size, set_backing};
+use crate::thin::{peek_backing, peek_limits, peek_size, set_backing};
 
 fn base(dir: &Path) -> Arc<dyn Image> {
     let path = dir.join("base");
@@ -36,6 +36,10 @@ fn what_cannot_be_is_not_created() {
     create(&path, &good).unwrap();
     assert!(matches!(create(&path, &good), Err(Error::Io { .. })));
     assert_eq!(peek_size(&path).unwrap(), 1 << 20);
+    assert_eq!(peek_limits(&path).unwrap(), (CLUSTER, None));
+    let limited = dir.path().join("limited");
+    create(&limited, &Create { max_size: Some(9 * CLUSTER), ..good }).unwrap();
+    assert_eq!(peek_limits(&limited).unwrap(), (CLUSTER, Some(9 * CLUSTER)));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use api::client::{self, Reason};
 use vmfs_image::ops::{self, Comparison};
 use vmfs_image::redo::{self, Mode};
 use vmfs_image::snapshot::{self, About};
@@ -31,6 +32,14 @@ struct Asked {
     source: Box<dyn std::error::Error>,
 }
 
+/// What a guest's monitor does not do. It names disk and guest itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{}, {why}", path.display())]
+struct Refused {
+    path: PathBuf,
+    why: String,
+}
+
 /// If `result` is that somebody has the image, and that is a guest of this host, does it by the guest and gives its name.
 fn or_by_guest(
     path: &Path,
@@ -46,7 +55,14 @@ fn or_by_guest(
                 Ok(()) => Ok(Some(running.guest)),
                 Err(Failure::Error(source, status)) => {
                     let (path, guest) = (path.to_owned(), running.guest);
-                    Err(Failure::Error(Box::new(Asked { path, guest, source }), status))
+                    let error = match source.downcast::<client::Error>().map(|error| *error) {
+                        Ok(client::Error { reason: Reason::Refused(why), .. }) => {
+                            Refused { path, why }.into()
+                        }
+                        Ok(error) => Asked { path, guest, source: error.into() }.into(),
+                        Err(source) => Asked { path, guest, source }.into(),
+                    };
+                    Err(Failure::Error(error, status))
                 }
                 Err(told) => Err(told),
             }
@@ -57,15 +73,10 @@ fn or_by_guest(
 
 /// `vmm image snapshot create`
 pub fn snapshot(path: &Path, name: &str, description: String, json: bool) -> Result<(), Failure> {
-    let has_description = !description.is_empty();
     let mut about = About::default();
     about.description = description;
-    let guest = or_by_guest(path, snapshot::create(path, name, &about), |running| {
-        if has_description {
-            tracing::warn!("a snapshot made while a guest runs has no description");
-        }
-        Ok(running.snapshot(name)?)
-    })?;
+    let made = snapshot::create(path, name, &about);
+    let guest = or_by_guest(path, made, |running| Ok(running.snapshot(name, &about.description)?))?;
     let done = Done { path, done: "snapshot create", snapshot: Some(name), guest };
     done.say(json, &format!("snapshot {name} made"))
 }
@@ -224,7 +235,7 @@ fn lay(path: &Path, backing: Option<&Path>, accept: bool, progress: &mut Progres
 }
 
 /// Where the backing is that the image at `path` notes as `noted`: `docs/image-format.md`, "Backing".
-fn backing_of(path: &Path, noted: &Path) -> PathBuf {
+pub fn backing_of(path: &Path, noted: &Path) -> PathBuf {
     let directory = path.parent().unwrap_or(Path::new(""));
     let is_snapshots = directory.extension().is_some_and(|extension| extension == "snapshots");
     let home = if is_snapshots { directory.parent().unwrap_or(directory) } else { directory };

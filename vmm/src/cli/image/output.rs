@@ -10,6 +10,7 @@ use vmfs_image::snapshot::{Snapshot, Tree};
 use vmfs_image::{Error, Format, Image, Info, OpenOptions, clone, redo, snapshot, thin};
 
 use super::super::{Failure, print_json};
+use super::change::backing_of;
 use crate::config::show_size;
 
 /// A path that JSON can hold: what is not UTF-8 is replaced.
@@ -90,8 +91,12 @@ pub fn examine(path: &Path) -> Result<Vec<Shown>, Error> {
         Err(Error::Locked { holder, .. }) => return in_use(path, holder),
         Err(error) => return Err(error),
     };
+    chain_of(&*image)
+}
+
+fn chain_of(image: &dyn Image) -> Result<Vec<Shown>, Error> {
     let mut shown = Vec::new();
-    let mut next: Option<&dyn Image> = Some(&*image);
+    let mut next = Some(image);
     while let Some(image) = next {
         let failed = |source| Error::Io { path: image.path().to_owned(), what: "examine", source };
         shown.push(Shown::new(image.info().map_err(failed)?, None));
@@ -106,9 +111,15 @@ fn in_use(path: &Path, holder: String) -> Result<Vec<Shown>, Error> {
     let failed = |source| Error::Io { path: path.to_owned(), what: "examine", source };
     let about = std::fs::metadata(path).map_err(failed)?;
     let format = vmfs_image::probe(path)?;
+    let (mut cluster_size, mut max_size, mut below) = (None, None, None);
     let (size, backing) = match format {
         Format::Flat => (about.len(), None),
-        Format::Thin => (thin::peek_size(path)?, thin::peek_backing(path)?.map(|noted| noted.path)),
+        Format::Thin => {
+            let (cluster, limit) = thin::peek_limits(path)?;
+            (cluster_size, max_size) = (Some(cluster), limit);
+            below = thin::peek_backing(path)?;
+            (thin::peek_size(path)?, below.as_ref().map(|noted| noted.path.clone()))
+        }
         format => vmfs_image::foreign::peek(path, format)?,
     };
     let info = Info {
@@ -116,12 +127,18 @@ fn in_use(path: &Path, holder: String) -> Result<Vec<Shown>, Error> {
         format,
         size,
         allocated: about.blocks().saturating_mul(512),
-        cluster_size: None,
-        max_size: None,
+        cluster_size,
+        max_size,
         backing,
         details: Vec::new(),
     };
-    Ok(vec![Shown::new(info, Some(holder))])
+    let mut shown = vec![Shown::new(info, Some(holder))];
+    // What it lies on is only read.
+    if let Some(noted) = below {
+        let options = OpenOptions { format: Some(noted.format), ..OpenOptions::default() };
+        shown.extend(chain_of(&*vmfs_image::open(&backing_of(path, &noted.path), &options)?)?);
+    }
+    Ok(shown)
 }
 
 /// Shows images: one as an object, a chain as an array.
@@ -152,7 +169,7 @@ pub fn made(path: &Path, json: bool) -> Result<(), Failure> {
     if let Some(Shown { info, .. }) = images.first() {
         let on =
             info.backing.as_ref().map_or(String::new(), |below| format!(" on {}", plain(below.display())));
-        writeln!(io::stdout(), "{}: {}, {}{on}", path.display(), info.format, show_size(info.size))?;
+        writeln!(io::stdout(), "{}: {}, {}{on}", plain(path.display()), info.format, show_size(info.size))?;
     }
     Ok(())
 }
@@ -178,7 +195,7 @@ impl Done<'_> {
             return print_json(&Done { path: &lossy(self.path), guest: self.guest.clone(), ..*self });
         }
         let by = self.guest.as_ref().map_or(String::new(), |guest| format!(", by the running guest {guest}"));
-        Ok(writeln!(io::stdout(), "{}: {sentence}{by}", self.path.display())?)
+        Ok(writeln!(io::stdout(), "{}: {sentence}{by}", plain(self.path.display()))?)
     }
 }
 
@@ -228,7 +245,7 @@ pub fn show_tree(path: &Path, tree: &Tree, json: bool) -> Result<(), Failure> {
         return print_json(&serde_json::json!({"path": lossy(path), "head": tree.head, "snapshots": listed}));
     }
     if tree.snapshots.is_empty() {
-        return Ok(writeln!(io::stdout(), "{}: no snapshots", path.display())?);
+        return Ok(writeln!(io::stdout(), "{}: no snapshots", plain(path.display()))?);
     }
     let mut rows = Vec::new();
     branch(tree, None, "", &mut rows);
