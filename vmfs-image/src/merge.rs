@@ -163,7 +163,13 @@ pub fn commit(path: &Path, progress: &mut Progress<'_>) -> Result<(), Error> {
     };
     let below = steps::real(&resolve(path, &noted.path))?;
     refuse_marked(&below, "were written to")?;
-    crate::snapshot::refuse_snapshot(&below)?;
+    if crate::snapshot::refuse_snapshot(&below).is_err() {
+        let name = below.file_name().unwrap_or_default().display();
+        let what = format!(
+            "lies on its snapshot {name}, which does not change; to have one file of both, delete that snapshot"
+        );
+        return invalid(path, what);
+    }
     let format = if noted.format == Format::Flat { None } else { Some(noted.format) };
     let base = crate::open(&below, &OpenOptions { format, ..options.clone() })?;
     if base.format() != noted.format {

@@ -130,8 +130,8 @@ pub(crate) fn mark(path: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let mode = about.permissions().mode() & !0o222;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-        .map_err(failed(path, "mark as a base"))
+    let marked = std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
+    marked.map_err(failed(path, "mark as a base (as its owner does with chmod a-w)"))
 }
 
 /// Ends the name of the directory of an image's snapshots.

@@ -111,7 +111,10 @@ fn candidate(path: &Path, below: &[(u64, u64)]) -> Result<Candidate, String> {
     if path.as_os_str().as_encoded_bytes().ends_with(b".redo") || redo::pending(path).is_some() {
         return Err("has changes that are neither committed nor discarded".to_owned());
     }
-    let image = open_thin(path, None).map_err(|error| error.to_string())?;
+    let image = open_thin(path, None).map_err(|error| match std::error::Error::source(&error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    })?;
     let mut depth = 2;
     let mut next = image.backing();
     while let Some(found) = next {

@@ -154,7 +154,7 @@ fn what_an_overlay_does_not_see_of_a_larger_backing_is_zeroes_also_when_it_is_br
 fn commit_is_refused_where_others_may_lie_on_the_backing() {
     let (dir, path) = disk(Format::Thin);
     snapshot::create(&path, "a", &About::default()).unwrap();
-    assert!(commit(&path, &mut go_on).unwrap_err().to_string().contains("is a snapshot"));
+    assert!(commit(&path, &mut go_on).unwrap_err().to_string().contains("lies on its snapshot"));
     let clone = dir.path().join("clone");
     crate::clone::linked(&path, &clone).unwrap();
     assert!(commit(&clone, &mut go_on).unwrap_err().to_string().contains("linked clones"));

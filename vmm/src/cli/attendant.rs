@@ -59,7 +59,11 @@ impl Attendant for Terminal {
         let mut question = question.as_str();
         loop {
             io::stderr().write_all(question.as_bytes()).ok()?;
-            let answer = line(input.as_raw_fd(), end)?;
+            let Some(answer) = line(input.as_raw_fd(), end) else {
+                // What is told next begins a line of its own.
+                let _ = io::stderr().write_all(b"\n");
+                return None;
+            };
             match answer.trim().to_ascii_lowercase().as_str() {
                 "c" | "commit" => return Some(AtPowerOff::Commit),
                 "d" | "discard" => return Some(AtPowerOff::Discard),
