@@ -32,6 +32,10 @@ const TIMER: u64 = 3;
 const BATCH: usize = 32;
 /// No more are taken with those that have so many bytes together: a pause waits for what was taken.
 const BATCH_BYTES: usize = 8 << 20;
+/// A call that takes longer has waited for storage, ...
+const LONG: Duration = Duration::from_micros(200);
+/// ... and for so long others are made elsewhere.
+const PENANCE: Duration = Duration::from_millis(100);
 /// After so long, others on this thread, a pause among them, get their turn.
 const TIME: Duration = Duration::from_millis(10);
 
@@ -56,6 +60,8 @@ pub struct Server {
     /// A limit is reached, or all slots are in use: nothing is taken.
     full: bool,
     calls: usize,
+    /// Until when calls are not made on this thread, since one took long.
+    slow_until: Option<Instant>,
     returns: Arc<Returns>,
     timer: TimerFd,
     polling: Polling,
@@ -94,6 +100,7 @@ impl Server {
             retries,
             full: false,
             calls: 0,
+            slow_until: None,
             returns: Arc::new(Returns::new()?),
             timer: timer()?,
             memory,
@@ -354,9 +361,13 @@ impl Server {
     fn make(&mut self, index: u16, call: Call, is_quick: bool) {
         let Some(image) = self.image.clone() else { return self.answer(index, Status::IoError) };
         let is_idle = self.calls == 0 && self.mover.as_ref().is_none_or(|mover| mover.in_flight() == 0);
-        if self.mover.is_none() || is_quick && is_idle && !self.queue.has_more() {
+        let began = Instant::now();
+        let is_slow = self.slow_until.is_some_and(|until| began < until);
+        if self.mover.is_none() || is_quick && is_idle && !is_slow && !self.queue.has_more() {
             let result = call.carry_out(&*image);
             drop(image);
+            // Those behind it need not wait for the storage one after the other.
+            self.slow_until = (began.elapsed() > LONG).then(|| began + PENANCE);
             self.returned(index, result);
             return;
         }

@@ -188,8 +188,8 @@ impl LiveDisk {
     }
 
     pub fn set_limits(&self, limits: Limits) {
-        let mut state = self.state();
-        state.limits = limits;
+        // Not with the state held: the device may be busy for as long as its storage is.
+        self.state().limits = limits;
         self.control.set_limits(device_limits(limits));
     }
 

@@ -258,7 +258,7 @@ fn every_crash_of_an_image_leaves_what_was_flushed() {
 
 #[test]
 fn every_crash_of_an_image_on_another_leaves_what_was_flushed() {
-    go_through(Kind { backing: true, ..PLAIN }, 100..104, true);
+    go_through(Kind { backing: true, ..PLAIN }, 115..118, true);
 }
 
 #[test]
@@ -273,7 +273,7 @@ fn every_crash_of_an_image_that_may_not_grow_leaves_what_was_flushed() {
 
 #[test]
 fn every_crash_after_writes_and_syncs_that_failed_leaves_what_was_flushed() {
-    go_through(Kind { backing: true, fails: true, ..PLAIN }, 400..404, true);
+    go_through(Kind { backing: true, fails: true, ..PLAIN }, 416..420, true);
 }
 
 #[test]
