@@ -175,8 +175,12 @@ fn check_ends_with_0_for_sound_1_for_leaks_and_2_for_damage() {
     assert_eq!((&checked["sound"], &checked["report"]["data"]), (&Value::from(true), &Value::from(MIB)));
     assert_eq!(place.json("check data.img")["report"], Value::Null);
     place.refused("check missing.img", 2);
-    // Both superblocks.
     let file = File::options().write(true).open(place.path("a.img")).unwrap();
+    file.set_len(file.metadata().unwrap().len() + MIB).unwrap();
+    assert!(place.ok("check a.img").contains("sound; 1M behind its end, which --repair gives back"));
+    assert_eq!(place.json("check a.img --repair")["report"]["repaired"]["given_back"], MIB);
+    assert!(!place.ok("check a.img").contains("behind"));
+    // Both superblocks.
     file.write_all_at(&[0x55; 8192], 4096).unwrap();
     assert!(place.refused("check a.img", 2).contains("superblocks"));
     fs::write(place.path("short.img"), b"VMM-THIN").unwrap();

@@ -86,6 +86,9 @@ fn print_check(path: &Path, format: Format, report: Option<&Report>) -> Result<(
     }
     let verdict = match (verdict(report), &report.repaired) {
         (0, Some(repaired)) => format!("sound; {} given back", with_bytes(repaired.given_back)),
+        (0, None) if report.beyond > 0 => {
+            format!("sound; {} behind its end, which --repair gives back", with_bytes(report.beyond))
+        }
         (0, None) => "sound".to_owned(),
         (1, _) => format!("{} leaked; --repair gives that back", with_bytes(report.leaked)),
         _ => format!("{} errors", report.error_count),
