@@ -29,7 +29,7 @@ fn writable() -> OpenOptions {
 struct Asked {
     path: PathBuf,
     guest: String,
-    source: Box<dyn std::error::Error>,
+    source: client::Error,
 }
 
 /// What a guest's monitor does not do. It names disk and guest itself.
@@ -59,8 +59,9 @@ fn or_by_guest(
                         Ok(client::Error { reason: Reason::Refused(why), .. }) => {
                             Refused { path, why }.into()
                         }
-                        Ok(error) => Asked { path, guest, source: error.into() }.into(),
-                        Err(source) => Asked { path, guest, source }.into(),
+                        Ok(error) => Asked { path, guest, source: error }.into(),
+                        // It says by itself of what and of whom it is.
+                        Err(error) => error,
                     };
                     Err(Failure::Error(error, status))
                 }

@@ -26,7 +26,7 @@ enum Error {
     #[error("guest {guest} could not {what}: {why}")]
     Failed { guest: String, what: String, why: String },
     /// It was cancelled.
-    #[error("guest {guest} did not finish to {what}: it was interrupted; the disk is as it was")]
+    #[error("the {what} by guest {guest} was interrupted, and can be repeated; the disk reads as it did")]
     Cancelled { guest: String, what: String },
 }
 
