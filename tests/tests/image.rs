@@ -530,12 +530,14 @@ fn image_that_is_in_use_is_refused_with_its_holder() {
         "clone b.img c.img",
     ] {
         // Without backing a commit and a stream have nothing to wait for.
-        let said = place.refused(line, 1);
         let needs_lock = !line.starts_with("commit");
-        assert!(!needs_lock || said.contains(&me), "{line}: {said}");
+        // A program that another test starts has this process's files for a moment, and may be the one that is found.
+        let is_told = || place.refused(line, 1).contains(&me) || !needs_lock;
+        assert!((0..20).any(|_| is_told()), "{line}: {}", place.refused(line, 1));
     }
+    let in_use_by = || place.json("info b.img")["in_use_by"].as_str().unwrap_or_default().to_owned();
+    assert!((0..20).any(|_| in_use_by().contains(&me)), "{}", in_use_by());
     let info = place.json("info b.img");
-    assert!(info["in_use_by"].as_str().unwrap().contains(&me), "{info}");
     assert_eq!(info["size"], MIB);
 }
 
