@@ -33,7 +33,7 @@ const BATCH: usize = 32;
 /// No more are taken with those that have so many bytes together: a pause waits for what was taken.
 const BATCH_BYTES: usize = 8 << 20;
 /// A call that takes longer has waited for storage, ...
-const LONG: Duration = Duration::from_micros(200);
+const LONG: Duration = Duration::from_micros(500);
 /// ... and for so long others are made elsewhere.
 const PENANCE: Duration = Duration::from_millis(100);
 /// After so long, others on this thread, a pause among them, get their turn.
@@ -331,6 +331,11 @@ impl Server {
 
     /// Makes what was written stable, for the request in a slot.
     fn flush(&mut self, index: u16) {
+        let call = Call { request: Request::Flush, data: Vec::new(), then_flush: false };
+        // Where storage is quick, another thread would take longer to be woken than it would keep this one.
+        if self.shared.options.cache == Cache::Unsafe || self.may_wait(Instant::now()) {
+            return self.make(index, call, true);
+        }
         let file = self.image.as_ref().and_then(|image| image.flush_is_sync_of());
         let slot = self.slots.get_mut(usize::from(index));
         let progress = match (file, &mut self.mover, slot) {
@@ -338,11 +343,14 @@ impl Server {
             _ => Progress::Call,
         };
         if let Progress::Call = progress {
-            let call = Call { request: Request::Flush, data: Vec::new(), then_flush: false };
-            // Then nothing is waited for.
-            let is_quick = self.shared.options.cache == Cache::Unsafe;
-            self.make(index, call, is_quick);
+            self.make(index, call, false);
         }
+    }
+
+    /// Whether a call may be made on this thread: nothing else is under way, and those before did not take long.
+    fn may_wait(&self, now: Instant) -> bool {
+        let is_idle = self.calls == 0 && self.mover.as_ref().is_none_or(|mover| mover.in_flight() == 0);
+        is_idle && self.slow_until.is_none_or(|until| until <= now) && !self.queue.has_more()
     }
 
     /// Does the request in a slot by a call that may wait for storage.
@@ -360,10 +368,8 @@ impl Server {
     /// Makes a call: here if nobody is kept waiting by that for long, or there are no others to do it.
     fn make(&mut self, index: u16, call: Call, is_quick: bool) {
         let Some(image) = self.image.clone() else { return self.answer(index, Status::IoError) };
-        let is_idle = self.calls == 0 && self.mover.as_ref().is_none_or(|mover| mover.in_flight() == 0);
         let began = Instant::now();
-        let is_slow = self.slow_until.is_some_and(|until| began < until);
-        if self.mover.is_none() || is_quick && is_idle && !is_slow && !self.queue.has_more() {
+        if self.mover.is_none() || is_quick && self.may_wait(began) {
             let result = call.carry_out(&*image);
             drop(image);
             // Those behind it need not wait for the storage one after the other.
